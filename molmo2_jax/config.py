@@ -1,0 +1,190 @@
+"""What a Molmo2 is: sizes of its towers and how pixels become visual tokens.
+
+All configs are frozen and checked at construction. They live here rather than beside the modules because
+the model, the inputs and the Hugging Face conversion all read them.
+
+Source: paper, section 3.1 and appendix; reference: olmo/model_configs.py, olmo/nn/llm.py, olmo/nn/image_vit.py.
+"""
+
+import dataclasses
+from typing import Literal
+
+# Appended, in this order, directly behind the base vocabulary; they index the second embedding table.
+SPECIAL_TOKENS = (
+    "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>", "<|image|>", "<im_low>",
+    "<frame_start>", "<frame_end>", "<|video|>", "<|points|>", "<|token_index|>", "<|vit_index|>",
+    "<|vit_loc|>",
+)
+
+VisualAttention = Literal["image_tokens", "within_image", "causal"]
+
+
+def _require(ok: bool, rule: str, value) -> None:
+    if not ok:
+        raise ValueError(f"{rule}; got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The ViT: one crop of image_size x image_size pixels in, one vector per patch out."""
+    image_size: int = 378    # pixels per side of a crop
+    patch_size: int = 14     # pixels per side of a patch
+    width: int = 1152
+    num_layers: int = 25     # layers that exist; SigLIP2 has 27, the last two are never read
+    num_heads: int = 16
+    head_dim: int = 72
+    mlp_width: int = 4304
+    norm_eps: float = 1e-6
+    init_std: float | None = None  # None: scaled by fan-in
+
+    def __post_init__(self):
+        _require(self.image_size % self.patch_size == 0,
+                 "image_size must be a multiple of patch_size", (self.image_size, self.patch_size))
+        _require(min(self.width, self.num_layers, self.num_heads, self.head_dim, self.mlp_width) >= 1,
+                 "sizes of the ViT must be >= 1", self)
+
+    @property
+    def grid(self) -> int:
+        """Patches per side of a crop."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in one patch: rows x columns x RGB."""
+        return self.patch_size ** 2 * 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """Attention pooling of ViT patches into visual tokens, then a SwiGLU projector (paper, section 3.1)."""
+    taps: tuple[int, ...] = (24, 18)         # zero-based ViT layers whose outputs are concatenated, in order
+    num_heads: int = 16
+    head_dim: int = 72
+    mlp_width: int = 12288
+    image_window: tuple[int, int] = (2, 2)   # patches pooled into one visual token, rows x columns
+    video_window: tuple[int, int] = (3, 3)
+    init_std: float | None = 0.02            # None: scaled by fan-in
+
+    def __post_init__(self):
+        _require(len(self.taps) >= 1 and min(self.taps) >= 0, "taps must name layers >= 0", self.taps)
+        for window in (self.image_window, self.video_window):
+            _require(len(window) == 2 and min(window) >= 1,
+                     "a pooling window must be at least (1, 1) patches", window)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN rotary scaling, used by some layers of OLMo 3 (reference: olmo/nn/rope.py)."""
+    factor: float = 8.0
+    original_length: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.2079441541679836  # 1 + 0.1 ln(factor)
+    layers: tuple[int, ...] = (3, 7, 11, 15, 19, 23, 27, 31)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The decoder: Qwen3 style by default, OLMo 3 style with qk_norm="olmo" and norm_after=True."""
+    vocab_size: int = 151936           # rows of the base table = width of the logits
+    additional_vocab_size: int = 128   # rows of the second, input-only table
+    width: int = 4096
+    num_layers: int = 36
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    mlp_width: int = 12288
+    rope_theta: float = 1e6
+    yarn: YarnConfig | None = None
+    qk_norm: Literal["qwen3", "olmo"] = "qwen3"
+    norm_after: bool = False
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    max_positions: int = 36864         # longest sequence the exported config advertises
+    init_std: float | None = 0.02      # None: scaled by fan-in
+    embedding_init_std: float = 0.02
+
+    def __post_init__(self):
+        _require(self.num_heads % self.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads",
+                 (self.num_heads, self.num_kv_heads))
+        _require(self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
+        _require(self.additional_vocab_size >= len(SPECIAL_TOKENS),
+                 f"additional_vocab_size must hold the {len(SPECIAL_TOKENS)} special tokens",
+                 self.additional_vocab_size)
+        _require(self.qk_norm in ("qwen3", "olmo"), "qk_norm must be 'qwen3' or 'olmo'", self.qk_norm)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Molmo2Config:
+    """The whole model. `visual_attention` says which visual tokens see each other in both directions."""
+    vision: VisionConfig
+    connector: ConnectorConfig
+    text: TextConfig
+    visual_attention: VisualAttention = "image_tokens"
+
+    def __post_init__(self):
+        _require(max(self.connector.taps) < self.vision.num_layers,
+                 f"taps must name one of the {self.vision.num_layers} ViT layers", self.connector.taps)
+        _require(self.visual_attention in ("image_tokens", "within_image", "causal"),
+                 "visual_attention must be 'image_tokens', 'within_image' or 'causal'",
+                 self.visual_attention)
+
+    def special_id(self, token: str) -> int:
+        """Vocabulary id of one of SPECIAL_TOKENS."""
+        return self.text.vocab_size + SPECIAL_TOKENS.index(token)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InputConfig:
+    """How media become crops and tokens; written into the exported processor files as well."""
+    max_crops: int = 8                        # tiles per image, the overview not counted
+    high_res_crops: int = 24                  # tiles in the high-resolution draw
+    overlap_margins: tuple[int, int] = (4, 4)  # patches on the left/top and right/bottom of a tile
+    max_images: int = 5
+    max_frames: int = 128
+    max_fps: float = 2.0
+    frame_time_text: bool = True              # the seconds before each frame, as text
+    per_frame_special_tokens: bool = True     # one <frame_start>/<frame_end> pair per frame, not per video
+
+    def __post_init__(self):
+        _require(self.max_crops >= 1 and self.high_res_crops >= 1, "crop limits must be >= 1",
+                 (self.max_crops, self.high_res_crops))
+        _require(self.max_frames >= 1, "max_frames must be >= 1", self.max_frames)
+        _require(self.max_fps > 0, "max_fps must be > 0 frames per second", self.max_fps)
+        _require(min(self.overlap_margins) >= 0, "overlap_margins must be >= 0 patches",
+                 self.overlap_margins)
+
+
+def molmo2_8b() -> Molmo2Config:
+    """Molmo2-8B: Qwen3-8B decoder, SigLIP2 so400m/14-384 ViT."""
+    return Molmo2Config(vision=VisionConfig(), connector=ConnectorConfig(), text=TextConfig())
+
+
+def molmo2_4b() -> Molmo2Config:
+    """Molmo2-4B: Qwen3-4B-Instruct-2507 decoder. The paper prints theta 1e6; the base model has 5e6."""
+    return Molmo2Config(
+        vision=VisionConfig(), connector=ConnectorConfig(mlp_width=9728),
+        text=TextConfig(width=2560, mlp_width=9728, rope_theta=5e6, tied_head=True))
+
+
+def molmo2_o_7b() -> Molmo2Config:
+    """Molmo2-O-7B: OLMo 3 decoder. The paper prints a vocabulary of 100352; the code has 100278."""
+    return Molmo2Config(
+        vision=VisionConfig(), connector=ConnectorConfig(mlp_width=11008),
+        text=TextConfig(vocab_size=100278, num_layers=32, num_kv_heads=32, mlp_width=11008, rope_theta=5e5,
+                        yarn=YarnConfig(), qk_norm="olmo", norm_after=True, max_positions=65536))
+
+
+def nano() -> Molmo2Config:
+    """The same architecture at laptop size, for the quickstart, tests and demos."""
+    return Molmo2Config(
+        vision=VisionConfig(image_size=72, patch_size=6, width=64, num_layers=3, num_heads=4, head_dim=16,
+                            mlp_width=256),
+        connector=ConnectorConfig(taps=(2, 0), num_heads=4, head_dim=16, mlp_width=256, init_std=None),
+        text=TextConfig(vocab_size=512, width=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+                        mlp_width=384, rope_theta=1e4, max_positions=4096, init_std=None,
+                        embedding_init_std=0.5))
