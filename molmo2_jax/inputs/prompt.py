@@ -1,0 +1,154 @@
+"""Text around questions and frames: chat format, style prefixes, frame timestamps, subtitles.
+
+Everything here works on strings; tokens begin in sequence.py.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from molmo2_jax import config
+
+# Texts that the tokenizer turns into single ids with a meaning of their own.
+RESERVED = config.SPECIAL_TOKENS + ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+# Styles that a person would use in a demo: the question stands alone.
+_DEMO_STYLES = frozenset("""
+    point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption
+    video_short_caption video_point_track_per_frame video_point_track_start_end
+    video_single_point_track_start_end video_transcript video_clip_caption_start_end
+    video_clip_caption_start_end_in_seconds video_clip_transcript_start_end
+    video_clip_transcript_start_end_in_seconds video_frame_caption_timestamp
+    video_frame_caption_timestamp_in_seconds correction_qa text_sft video_point video_point_count
+    video_count video_count_point multi_image_pointing multi_image_counting
+    multi_image_point_then_count multi_image_count_then_point""".split())
+
+_CHOICE_STYLES = frozenset("""
+    video_multiple_choice video_multiple_choice_count_without_pointing
+    video_multiple_choice_multiple_correct video_multiple_choice_w_subtitle a_okvqa_mc
+    ai2_diagram_no_letter ai2_diagram science_qa eval_multiple_choice multi_image_mc
+    multi_image_mc_exp mantis_instruct_mc eval_multi_image_mc""".split())
+
+# Names used by evaluation sets for the style the model was trained with.
+_EVALUATION_NAMES = {
+    "eval_short_answer": "vqa2",
+    "eval_multiple_choice": "a_okvqa_mc",
+    "video_eval_short_answer": "video_short_answer",
+    "video_eval_multiple_choice": "video_multiple_choice",
+    "video_eval_multiple_choice_w_subtitle": "video_multiple_choice_w_subtitle",
+}
+
+_POINTING_STYLES = frozenset({"pointing", "point_count", "cosyn_point"})
+
+
+@functools.lru_cache(maxsize=8)
+def _reserved_pattern(reserved: tuple[str, ...]) -> re.Pattern:
+    return re.compile("|".join(re.escape(token) for token in sorted(reserved, key=len, reverse=True)))
+
+
+def refuse_reserved(text: str, reserved: Iterable[str] = RESERVED) -> None:
+    """Returns nothing; a text from outside must not be able to write visual tokens or chat markup.
+
+    Raises:
+      ValueError: the text contains one of `reserved`.
+    """
+    found = _reserved_pattern(tuple(reserved)).search(text)
+    if found:
+        raise ValueError("a text must not contain special tokens of the model; "
+                         f"got {found.group()!r} at character {found.start()}")
+
+
+def chat_texts(turns: Sequence[str], reserved: Iterable[str] = RESERVED) -> list[str]:
+    """Returns the turns with chat markup: user, model, user, model ...; model turns stay unchanged.
+
+    The model's end-of-turn token is not written here: sequence.py adds it as an id. A later user turn
+    begins with another one, which training examples of the reference carry as well.
+
+    Raises:
+      ValueError: there is no turn, an answer is empty, or a turn contains a special token.
+    Source: chat template of Qwen3 without system turn; reference: olmo/preprocessing/data_formatter.py.
+    """
+    if not turns:
+        raise ValueError("a conversation must have at least one turn; got none")
+    reserved = tuple(reserved)
+    texts = []
+    for number, turn in enumerate(turns):
+        refuse_reserved(turn, reserved)
+        if number % 2 == 1:
+            if not turn:
+                raise ValueError(f"an answer must not be empty; got '' as turn {number + 1}")
+            texts.append(turn)
+        else:
+            closing = "<|im_end|>\n" if number else ""
+            texts.append(f"{closing}<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n")
+    return texts
+
+
+def training_style(style: str) -> str:
+    """Returns the style the model was trained with, for a name used by an evaluation set."""
+    if style in _EVALUATION_NAMES:
+        return _EVALUATION_NAMES[style]
+    if style.startswith("eval_multi_image_"):
+        return style.removeprefix("eval_")
+    return style.removesuffix("_count_without_pointing")
+
+
+def style_prefix(style: str) -> str:
+    """Returns "STYLE:" for academic styles, "" for demo and multiple-choice styles.
+
+    Two tracking styles have a prefix only because their names differ from the reference's demo list; the
+    released models were trained so. Source: reference: olmo/preprocessing/data_formatter.py,
+    `demo_or_style_v2`.
+    """
+    name = training_style(style)
+    return "" if name in _DEMO_STYLES or name in _CHOICE_STYLES else f"{name}:"
+
+
+def pretrain_prefix(style: str, answer: str | None = None,
+                    rng: np.random.RandomState | np.random.Generator | None = None) -> str:
+    """Returns the prefix of the pre-training stage: "STYLE N:", N about the answer's length / 15.
+
+    With an answer and rng (training), N is noisy and left out for one example in ten; without an answer
+    (inference) N is 65. Pointing styles have no N. Source: reference, `style_and_length_v2`.
+    """
+    if style in _POINTING_STYLES:
+        return f"{style}:"
+    if answer is None:
+        return f"{style} 65:"
+    if rng is None:
+        raise ValueError("pretrain_prefix needs rng when it is given an answer; got None")
+    if rng.uniform() >= 0.9:
+        return f"{style}:"
+    return f"{style} {(len(answer) + int(rng.normal(scale=25))) // 15}:"
+
+
+def with_prefix(prefix: str, text: str) -> str:
+    """Returns prefix and text with a space between them where both exist."""
+    return f"{prefix} {text}" if prefix and text else prefix + text
+
+
+def frame_time_text(seconds: float, is_first: bool) -> str:
+    """Returns the text before a frame: "0.0 " before the first, " 0.5 " before later ones.
+
+    Encoded apart from its neighbours, frame by frame. Source: paper, section 3.1.
+    """
+    return f"{seconds:.1f} " if is_first else f" {seconds:.1f} "
+
+
+def subtitle_text(subtitles: str | Sequence[tuple[float, float, str]],
+                  frame_seconds: Sequence[float] | None = None, margin: float = 1.0) -> str:
+    """Returns the text placed behind the frames: "subtitle", then one "START - END TEXT" per line.
+
+    With `frame_seconds`, entries that come no nearer than `margin` seconds to any frame are left out. ""
+    if there is nothing to say. Source: reference: olmo/preprocessing/video_preprocessor.py.
+    """
+    if isinstance(subtitles, str):
+        return f"subtitle\n{subtitles}" if subtitles else ""
+    if frame_seconds is not None:
+        seconds = np.asarray(frame_seconds, np.float64)
+        subtitles = [entry for entry in subtitles
+                     if np.any((entry[0] <= seconds + margin) & (entry[1] >= seconds - margin))]
+    lines = [f"{start:.1f} - {end:.1f} {text}\n" for start, end, text in subtitles]
+    return "subtitle\n" + "".join(lines) if lines else ""

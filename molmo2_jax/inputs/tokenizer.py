@@ -1,0 +1,207 @@
+"""Text to ids and back, for any byte-level BPE `tokenizer.json` (Qwen3, OLMo 3, nano).
+
+Ids 0 .. vocab_size - 1 index the base embedding and the logits; unused ones are filled with
+`|<EXTRA_TOKENS_i>|`. The Molmo2 tokens follow in the order of config.SPECIAL_TOKENS and index the second,
+input-only embedding.
+
+Source: reference: olmo/tokenizer.py.
+"""
+
+import codecs
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from molmo2_jax import config
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+# Words with at most one leading sign or space, single digits, runs of signs, white space: as in Qwen3.
+_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def _special(text: str) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(text, normalized=False, special=True)
+
+
+def append_special_tokens(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> None:
+    """Adds fillers up to `vocab_size` entries, then the Molmo2 tokens; changes `tokenizer` in place.
+
+    Raises:
+      ValueError: the tokenizer has more entries than vocab_size, or already holds one of the tokens.
+    """
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > vocab_size:
+        raise ValueError(f"vocab_size must be at least the tokenizer's {size} entries; got {vocab_size}")
+    fillers = [f"|<EXTRA_TOKENS_{number}>|" for number in range(vocab_size - size)]
+    texts = fillers + list(config.SPECIAL_TOKENS)
+    tokenizer.add_special_tokens([_special(text) for text in texts])
+    wrong = [text for offset, text in enumerate(texts) if tokenizer.token_to_id(text) != size + offset]
+    if wrong:
+        raise ValueError(f"special tokens must be new to the tokenizer; it already holds {wrong[:5]}")
+
+
+class Tokenizer:
+    """A tokenizer that holds fillers and special tokens, with what the model needs to know about it.
+
+    bos_id, eos_id: where the base model has no BOS, EOS takes its place.
+    vocab_size: entries of the base vocabulary, fillers included; the first special token has this id.
+    special: id of each of config.SPECIAL_TOKENS.
+    reserved: texts of all special entries, which plain text must not contain.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None):
+        self._tokenizer = tokenizer
+        self._texts = (bos, eos)
+        self.special = {text: tokenizer.token_to_id(text) for text in config.SPECIAL_TOKENS}
+        first = self.special[config.SPECIAL_TOKENS[0]]
+        if first is None or list(self.special.values()) != list(range(first, first + len(self.special))):
+            raise ValueError("a tokenizer must hold the special tokens with consecutive ids "
+                             f"(append_special_tokens); got {self.special}")
+        self.vocab_size = first
+        added = tokenizer.get_added_tokens_decoder()
+        self.reserved = tuple(token.content for token in added.values() if token.special)
+        if eos is None:
+            eos = TURN_END if tokenizer.token_to_id(TURN_END) is not None else END_OF_TEXT
+        self.eos_id = self._base_id(eos)
+        self.bos_id = self.eos_id if bos is None else self._base_id(bos)
+
+    def _base_id(self, text: str) -> int:
+        found = self._tokenizer.token_to_id(text)
+        if found is None or found >= self.vocab_size:
+            raise ValueError(f"BOS and EOS must be entries of the base vocabulary; got {text!r}")
+        return found
+
+    @classmethod
+    def from_file(cls, path: str | pathlib.Path, vocab_size: int | None = None) -> "Tokenizer":
+        """Returns the tokenizer of a `tokenizer.json`, or of the folder that holds one.
+
+        If it lacks the special tokens they are appended behind `vocab_size` entries. BOS and EOS come from
+        the `tokenizer_config.json` beside it; without one EOS is `<|im_end|>`, else `<|endoftext|>`.
+
+        Raises:
+          ValueError: the file cannot be read, or `vocab_size` is missing or does not fit it.
+        """
+        path = pathlib.Path(path)
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            settings = _settings(path.parent / "tokenizer_config.json")
+        except Exception as error:  # tokenizers raises bare Exception for a malformed file
+            raise ValueError(f"a tokenizer must be a readable tokenizer.json; {path}: {error}") from error
+        if tokenizer.token_to_id(config.SPECIAL_TOKENS[0]) is None:
+            if vocab_size is None:
+                raise ValueError(f"vocab_size is needed: {path} does not hold the Molmo2 tokens yet")
+            append_special_tokens(tokenizer, vocab_size)
+        result = cls(tokenizer, bos=_text_of(settings.get("bos_token")),
+                     eos=_text_of(settings.get("eos_token")))
+        if vocab_size is not None and result.vocab_size != vocab_size:
+            raise ValueError(f"vocab_size must equal that of {path}, {result.vocab_size}; got {vocab_size}")
+        return result
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of a text; nothing is added. Chat markup in it becomes special ids."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text up to the first EOS. A leading EOS that doubles as BOS is skipped."""
+        return self._tokenizer.decode(self._answer(list(map(int, ids))), skip_special_tokens=False)
+
+    def _answer(self, ids: Sequence[int]) -> Sequence[int]:
+        if ids and ids[0] == self.eos_id == self.bos_id:
+            ids = ids[1:]
+        return ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids
+
+    def token(self, token_id: int) -> str | None:
+        """Returns the vocabulary entry of an id, in byte-level spelling; None if there is none."""
+        return self._tokenizer.id_to_token(int(token_id))
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json (BOS and EOS) into `folder`."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        bos, eos = self._texts
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos,
+                    "eos_token": eos or self.token(self.eos_id), "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    def __reduce__(self):
+        return Tokenizer, (self._tokenizer, *self._texts)
+
+
+def _settings(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _text_of(token: str | dict | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def train_small(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Returns a byte-level BPE tokenizer trained on `corpus`, built like Qwen3's: single digits, no BOS.
+
+    The result depends on the texts only. A small corpus gives fewer merges; fillers take the rest.
+
+    Raises:
+      ValueError: vocab_size does not hold the 256 bytes and the three chat tokens.
+    """
+    chat = [END_OF_TEXT, TURN_START, TURN_END]
+    if vocab_size < 256 + len(chat):
+        raise ValueError(f"vocab_size must be at least {256 + len(chat)}; got {vocab_size}")
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=vocab_size - len(chat), show_progress=False, min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer.add_special_tokens([_special(text) for text in chat])
+    append_special_tokens(tokenizer, vocab_size)
+    return Tokenizer(tokenizer)
+
+
+def _byte_of_letter() -> dict[str, int]:
+    """Returns the byte that each letter of a byte-level vocabulary stands for (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF_LETTER = _byte_of_letter()
+
+
+class StreamDecoder:
+    """Decodes ids one by one. What `feed` returned plus `flush` equals `Tokenizer.decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_first, self._is_over = True, False
+
+    def feed(self, token_id: int) -> str:
+        """Returns the text completed by this id; "" inside a character and from EOS on."""
+        is_first, self._is_first = self._is_first, False
+        if token_id == self._tokenizer.eos_id:
+            self._is_over |= not (is_first and self._tokenizer.bos_id == token_id)
+            return ""
+        token = None if self._is_over else self._tokenizer.token(token_id)
+        if token is None:
+            return ""
+        try:
+            data = bytes(_BYTE_OF_LETTER[letter] for letter in token)
+        except KeyError:  # an added token, spelt as plain text
+            data = token.encode("utf-8")
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """Returns what an unfinished character at the end decodes to."""
+        return self._utf8.decode(b"", final=True)
