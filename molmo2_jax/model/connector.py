@@ -1,0 +1,75 @@
+"""From ViT patches to visual tokens: attention pooling with the masked mean as query, then a projector.
+
+B batch, M crops, P patches, A tapped width, R visual tokens, W slots of a pooling window, N heads,
+H head width, D decoder width.
+
+Source: paper, section 3.1; reference: olmo/nn/vision_backbone.py.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from molmo2_jax import config as config_lib
+from molmo2_jax.model import layers
+
+
+def gather_windows(features_BMPA, pooled_BRW):
+    """Returns ([B, R, W, A] patch features of each window, bool[B, R, W] which slots are filled)."""
+    B, M, P, A = features_BMPA.shape
+    valid_BRW = pooled_BRW >= 0
+    flat = features_BMPA.reshape(B, M * P, A)
+    windows = jnp.take_along_axis(flat[:, :, None], jnp.maximum(pooled_BRW, 0).reshape(B, -1, 1, 1), axis=1)
+    windows = windows.reshape(*pooled_BRW.shape, A)
+    return jnp.where(valid_BRW[..., None], windows, 0), valid_BRW
+
+
+def masked_mean(windows_BRWA, valid_BRW):
+    """Returns [B, R, A]: mean of the filled slots, 0 for an empty window."""
+    count = jnp.maximum(valid_BRW.sum(-1, keepdims=True), 1)
+    return windows_BRWA.sum(2) / count.astype(windows_BRWA.dtype)
+
+
+def pool_attention(q_BRNH, k_BRWNH, v_BRWNH, valid_BRW):
+    """Returns [B, R, N, H]: one query per window over its filled slots; finite for empty windows."""
+    q = q_BRNH * q_BRNH.shape[-1] ** -0.5
+    s = jnp.einsum("BRNH,BRWNH->BRNW", q, k_BRWNH, preferred_element_type=jnp.float32)
+    s = jnp.where(valid_BRW[:, :, None], s, -1e30)
+    return jnp.einsum("BRNW,BRWNH->BRNH", jax.nn.softmax(s, axis=-1).astype(v_BRWNH.dtype), v_BRWNH)
+
+
+class Pooling(nn.Module):
+    """Attention pooling of windows of patches; biases on all four projections, no residual."""
+    config: config_lib.ConnectorConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, features_BMPA, pooled_BRW):
+        c = self.config
+        width = c.num_heads * c.head_dim
+
+        def linear(name, shape, axes, num_in=1):
+            return layers.Linear(shape, axes, num_in, use_bias=True, init_std=c.init_std, dtype=self.dtype,
+                                 name=name)
+
+        windows, valid = gather_windows(features_BMPA, pooled_BRW)
+        heads = (windows.shape[-1], c.num_heads, c.head_dim)
+        split = ("embed", "heads", "head_dim")
+        q = linear("q", heads, split)(masked_mean(windows, valid))
+        k, v = linear("k", heads, split)(windows), linear("v", heads, split)(windows)
+        return linear("o", (c.num_heads, c.head_dim, width), ("heads", "head_dim", "embed"), 2)(
+            pool_attention(q, k, v, valid))
+
+
+class Connector(nn.Module):
+    """[B, M, P, A] features and int32[B, R, W] windows -> [B, R, D] visual tokens."""
+    config: config_lib.ConnectorConfig
+    width_out: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, features_BMPA, pooled_BRW):
+        c = self.config
+        pooled = Pooling(c, self.dtype, name="pool")(features_BMPA, pooled_BRW)
+        return layers.SwiGLU(c.num_heads * c.head_dim, c.mlp_width, self.width_out, c.init_std, c.init_std,
+                             self.dtype, name="project")(pooled)

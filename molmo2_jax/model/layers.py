@@ -1,0 +1,159 @@
+"""Pieces shared by the towers: pure functions first, modules that own their parameters after.
+
+B batch, T positions, N heads, H head width, D width; `...` any leading dimensions.
+"""
+
+from collections.abc import Callable
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from molmo2_jax import config as config_lib
+
+REMAT_POLICIES = {
+    "none": None,  # keep every activation
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def rms_norm(x, scale, eps: float):
+    """Returns scale * x / rms(x) over the last axis; statistics in float32, cast back before the scale."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def layer_norm(x, scale, bias, eps: float):
+    """Returns the usual LayerNorm over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 - x32.mean(axis=-1, keepdims=True)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normed * scale + bias).astype(x.dtype)
+
+
+def inverse_frequencies(theta: float, head_dim: int, yarn: config_lib.YarnConfig | None) -> np.ndarray:
+    """Returns float32[H/2] radians per position; `yarn` stretches the slow half (reference: olmo/nn/rope.py)."""
+    inverse = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    if yarn is not None:
+        def rotations_at(count):
+            turns = yarn.original_length / (count * 2 * math.pi)
+            return head_dim * math.log(turns) / (2 * math.log(theta))
+        low = max(math.floor(rotations_at(yarn.beta_fast)), 0)
+        high = min(math.ceil(rotations_at(yarn.beta_slow)), head_dim - 1)
+        span = high - low if high != low else 1e-3
+        ramp = np.clip((np.arange(head_dim // 2) - low) / span, 0, 1)
+        inverse = inverse * (1 - ramp) + inverse / yarn.factor * ramp
+    return inverse.astype(np.float32)
+
+
+def rope_tables(positions_BT, inverse: np.ndarray, factor: float = 1.0):
+    """Returns (cos, sin) float32[B, T, H/2]; bfloat16 would turn position 257 into 256."""
+    angles = positions_BT[..., None].astype(jnp.float32) * inverse
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x_BTNH, cos_BTh, sin_BTh):
+    """Returns x with dimension i rotated against dimension i + H/2, in float32, cast back."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BTh[:, :, None], sin_BTh[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x_BTNH.dtype)
+
+
+def dropout(x_BTD, rate_BT, rng):
+    """Returns x with elements dropped at a rate per position, the rest scaled up; identity without rng."""
+    if rng is None:
+        return x_BTD
+    keep_BT1 = 1.0 - rate_BT[..., None]
+    kept = jax.random.uniform(rng, x_BTD.shape) < keep_BT1
+    return jnp.where(kept, x_BTD / keep_BT1.astype(x_BTD.dtype), 0)
+
+
+class Linear(nn.Module):
+    """Contracts the last `len(shape) - len(out)` axes of the input with a kernel of `shape`.
+
+    `init_std` None draws from N(0, 1/fan_in); a number is the recipe's fixed deviation.
+    """
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    num_in: int = 1
+    use_bias: bool = False
+    init_std: float | None = None
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        fan_in = math.prod(self.shape[:self.num_in])
+        normal = nn.initializers.normal(self.init_std or fan_in ** -0.5)
+        kernel = self.param("kernel", nn.with_logical_partitioning(normal, self.axes), self.shape)
+        contract = (tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in)))
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+        if self.use_bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_in:])
+            y = y + self.param("bias", zeros, self.shape[self.num_in:]).astype(self.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    size: int
+    axis: str | None = "norm"
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        return rms_norm(x, self.param("scale", ones, (self.size,)), self.eps)
+
+
+class LayerNorm(nn.Module):
+    size: int
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (self.size,))
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (self.size,))
+        return layer_norm(x, scale, bias, self.eps)
+
+
+class SwiGLU(nn.Module):
+    """down( silu(gate x) * up x )."""
+    width_in: int
+    mlp_width: int
+    width_out: int
+    init_std: float | None
+    out_std: float | None
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        def linear(name, shape, axes, std):
+            return Linear(shape, axes, init_std=std, dtype=self.dtype, name=name)
+        wide, narrow = (self.width_in, self.mlp_width), (self.mlp_width, self.width_out)
+        gate = linear("gate", wide, ("embed", "mlp"), self.init_std)(x)
+        up = linear("up", wide, ("embed", "mlp"), self.init_std)(x)
+        return linear("down", narrow, ("mlp", "embed"), self.out_std)(jax.nn.silu(gate) * up)
+
+
+def stacked_params(module: nn.Module, name: str, block: nn.Module, num_layers: int, *example):
+    """Returns the parameters of `num_layers` copies of `block`, stacked on a leading "layers" axis.
+
+    They belong to `module` under `name`; `example` is a small input that `block` accepts.
+    """
+    def init(key):
+        keys = jax.random.split(key, num_layers)
+        stacked = jax.vmap(lambda k: block.init(k, *example)["params"])(keys)
+        return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
+    return module.param(name, init)
+
+
+def run_stack(body: Callable, carry, xs, remat: str):
+    """Scans `body(carry, x) -> (carry, y)` over the leading axis of `xs`, rematerialised by policy name."""
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of {tuple(REMAT_POLICIES)}; got {remat!r}")
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, carry, xs)

@@ -1,0 +1,85 @@
+"""Molmo2: a ViT sees crops, a connector pools patches into visual tokens, a decoder reads them among text.
+
+B rows, T tokens, M crops, P patches, C values per patch, R visual tokens, W slots per window, D width,
+V base vocabulary.
+
+Source: paper, figure 2 and section 3.1; reference: olmo/models/molmo2/molmo2.py.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from molmo2_jax import config as config_lib
+from molmo2_jax import types
+from molmo2_jax.attention import tree_mask
+from molmo2_jax.model import connector
+from molmo2_jax.model import text
+from molmo2_jax.model import vision
+
+
+def merge(x_BTD, is_patch_BT, visual_BRD):
+    """Adds the k-th visual token to the embedding of the k-th `<im_patch>` of its row.
+
+    Added, not put in its place: the reference and transformers add, vLLM replaces.
+    """
+    k_BT = jnp.maximum(jnp.cumsum(is_patch_BT, axis=1) - 1, 0)
+    placed_BTD = jnp.take_along_axis(visual_BRD, k_BT[..., None], axis=1, mode="clip")
+    return x_BTD + jnp.where(is_patch_BT[..., None], placed_BTD, 0).astype(x_BTD.dtype)
+
+
+class Molmo2(nn.Module):
+    """The model. `embed` and `decode` are its two halves, `logits` the head, `__call__` all of them."""
+    config: config_lib.Molmo2Config
+    dtype: str = "float32"          # of the computation; parameters stay float32
+    remat: str = "full"
+    attention: str | None = None    # implementation, see attention.attend
+
+    def setup(self):
+        c, t = self.config, self.config.text
+        self.vision = vision.VisionTransformer(c.vision, c.connector.taps, self.dtype, self.remat)
+        self.connector = connector.Connector(c.connector, t.width, self.dtype)
+        self.text = text.Decoder(t, self.dtype, self.remat, self.attention)
+        normal = nn.with_logical_partitioning(nn.initializers.normal(t.embedding_init_std), ("vocab", "embed"))
+        self.base_embedding = self.param("base_embedding", normal, (t.vocab_size, t.width))
+        self.new_embedding = self.param("new_embedding", normal, (t.additional_vocab_size, t.width))
+        if not t.tied_head:
+            head = nn.with_logical_partitioning(
+                nn.initializers.normal(t.init_std or t.width ** -0.5), ("embed", "vocab"))
+            self.head = self.param("head", head, (t.width, t.vocab_size))
+
+    def embed_tokens(self, tokens_BT):
+        """Returns [B, T, D]; ids from V on hit the second table, which only inputs use."""
+        table = jnp.concatenate([self.base_embedding, self.new_embedding]).astype(self.dtype)
+        return table[tokens_BT]
+
+    def embed(self, tokens_BT, patches_BMPC, pooled_BRW):
+        """Returns [B, T, D] embeddings with the visual tokens added."""
+        x_BTD = self.embed_tokens(tokens_BT)
+        if 0 in patches_BMPC.shape or 0 in pooled_BRW.shape:
+            return x_BTD  # a text-only shape
+        with jax.named_scope("vision"):
+            features_BMPA = self.vision(patches_BMPC)
+        with jax.named_scope("connector"):
+            visual_BRD = self.connector(features_BMPA, pooled_BRW)
+        return merge(x_BTD, tokens_BT == self.config.special_id("<im_patch>"), visual_BRD)
+
+    def decode(self, x_BTD, positions_BT, mask, cache=None, drop_rate_BT=None, rng=None):
+        """Returns ([B, T, D] hidden states after the final norm, text.Cache)."""
+        with jax.named_scope("decoder"):
+            return self.text(x_BTD, positions_BT, mask, cache, drop_rate_BT, rng)
+
+    def logits(self, hidden_BTD):
+        """Returns float32[..., V]; only the base vocabulary can be produced."""
+        kernel = self.base_embedding.T if self.config.text.tied_head else self.head
+        return jnp.dot(hidden_BTD.astype(self.dtype), kernel.astype(self.dtype)).astype(jnp.float32)
+
+    def hidden(self, batch: types.Batch, drop_rate_BT=None, rng=None):
+        """Returns [B, T, D] hidden states of a packed batch, ready for `logits`."""
+        mask = tree_mask.from_batch(batch, self.config.visual_attention)
+        x_BTD = self.embed(batch.tokens, batch.patches, batch.pooled)
+        return self.decode(x_BTD, batch.positions, mask, None, drop_rate_BT, rng)[0]
+
+    def __call__(self, batch: types.Batch):
+        """Returns float32[B, T, V] logits of a packed batch."""
+        return self.logits(self.hidden(batch))

@@ -1,0 +1,134 @@
+"""The decoder: pre-norm with per-head q/k norm (Qwen3) or post-norm with full-width q/k norm (OLMo 3).
+
+B batch, T positions, S cache slots, L layers, N query heads, K key heads, H head width, D width.
+
+Source: reference, olmo/nn/llm.py.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from molmo2_jax import config as config_lib
+from molmo2_jax.attention import attend
+from molmo2_jax.attention import tree_mask
+from molmo2_jax.model import layers
+
+
+class Cache(NamedTuple):
+    """Keys (after norm and rope) and values of past tokens."""
+    k: jax.Array  # [L, B, S, K, H]
+    v: jax.Array  # [L, B, S, K, H]
+
+
+class Step(NamedTuple):
+    """Where a decode step writes and what it may see."""
+    slot_B: jax.Array       # int32[B], cache slot of this token
+    visible_BS: jax.Array   # bool[B, S], slots to attend to, this token's included
+
+
+def rope_variants(config: config_lib.TextConfig):
+    """Returns the distinct (inverse frequencies, factor) and, per layer, which of them it uses."""
+    plain = (layers.inverse_frequencies(config.rope_theta, config.head_dim, None), 1.0)
+    if config.yarn is None:
+        return [plain], [0] * config.num_layers
+    yarn = config.yarn
+    scaled = (layers.inverse_frequencies(config.rope_theta, config.head_dim, yarn), yarn.attention_factor)
+    return [plain, scaled], [int(i in yarn.layers) for i in range(config.num_layers)]
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention. Returns (output, (k, v)): the new keys and values, or the new cache."""
+    config: config_lib.TextConfig
+    dtype: str
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD, cos, sin, mask, cache=None):
+        c = self.config
+
+        def project(name, num_heads, axis):
+            return layers.Linear((c.width, num_heads, c.head_dim), ("embed", axis, "head_dim"),
+                                 init_std=c.init_std, dtype=self.dtype, name=name)(x_BTD)
+
+        def norm(name, x_BTNH):
+            if c.qk_norm == "qwen3":  # one weight for all heads
+                return layers.RMSNorm(c.head_dim, None, c.norm_eps, name=name)(x_BTNH)
+            flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+            return layers.RMSNorm(flat.shape[-1], None, c.norm_eps, name=name)(flat).reshape(x_BTNH.shape)
+
+        q = layers.rotate(norm("q_norm", project("q", c.num_heads, "heads")), cos, sin)
+        k = layers.rotate(norm("k_norm", project("k", c.num_kv_heads, "kv_heads")), cos, sin)
+        v = project("v", c.num_kv_heads, "kv_heads")
+        if cache is None:
+            out = attend.attend(q, k, v, mask, self.implementation)
+        else:
+            row = jnp.arange(q.shape[0])
+            k = cache[0].at[row, mask.slot_B].set(k[:, 0].astype(cache[0].dtype))
+            v = cache[1].at[row, mask.slot_B].set(v[:, 0].astype(cache[1].dtype))
+            out = attend.attend_visible(q, k.astype(q.dtype), v.astype(q.dtype), mask.visible_BS[:, None])
+        out = layers.Linear((c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), 2,
+                            init_std=c.init_std, dtype=self.dtype, name="o")(out)
+        return out, (k, v)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each with its norm before (Qwen3) or after (OLMo 3), dropout before the add."""
+    config: config_lib.TextConfig
+    dtype: str
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD, cos, sin, mask, cache=None, drop_rate_BT=None, rng=None):
+        c = self.config
+        rngs = (None, None) if rng is None else jax.random.split(rng)
+        std = c.init_std
+        out_std = (std or c.mlp_width ** -0.5) / (2 * c.num_layers) ** 0.5
+        attention = Attention(c, self.dtype, self.implementation, name="attn")
+        mlp = layers.SwiGLU(c.width, c.mlp_width, c.width, std, out_std, self.dtype, name="mlp")
+        attn_norm = layers.RMSNorm(c.width, eps=c.norm_eps, name="attn_norm")
+        mlp_norm = layers.RMSNorm(c.width, eps=c.norm_eps, name="mlp_norm")
+
+        h, kv = attention(x_BTD if c.norm_after else attn_norm(x_BTD), cos, sin, mask, cache)
+        h = attn_norm(h) if c.norm_after else h
+        x_BTD = x_BTD + layers.dropout(h, drop_rate_BT, rngs[0])
+        h = mlp(x_BTD if c.norm_after else mlp_norm(x_BTD))
+        h = mlp_norm(h) if c.norm_after else h
+        return x_BTD + layers.dropout(h, drop_rate_BT, rngs[1]), kv
+
+
+class Decoder(nn.Module):
+    """[B, T, D] embeddings -> ([B, T, D] hidden states after the final norm, Cache).
+
+    Without a cache the mask is a TreeMask and the result's cache holds the keys and values of the T tokens
+    (unused, the compiler drops it). With a cache T is 1 and the mask is a Step.
+    """
+    config: config_lib.TextConfig
+    dtype: str = "float32"
+    remat: str = "full"
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT, mask, cache: Cache | None = None, drop_rate_BT=None, rng=None):
+        c = self.config
+        variants, of_layer = rope_variants(c)
+        tables = [layers.rope_tables(positions_BT, *variant) for variant in variants]
+        cos_VBTh, sin_VBTh = (jnp.stack(x) for x in zip(*tables))
+        block = Block(c, self.dtype, self.implementation, parent=None)
+        dot = jnp.zeros((1, 1, c.width))
+        angle = jnp.zeros((1, 1, c.head_dim // 2))
+        alone = tree_mask.TreeMask(jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), -1))
+        stack = layers.stacked_params(
+            self, "layers", Block(c, self.dtype, "dense", parent=None), c.num_layers, dot, angle, angle, alone)
+
+        def body(x, per_layer):
+            params, variant, layer_cache, key = per_layer
+            return block.apply({"params": params}, x, cos_VBTh[variant], sin_VBTh[variant], mask, layer_cache,
+                               drop_rate_BT, key)
+
+        keys = None if rng is None else jax.random.split(rng, c.num_layers)
+        per_layer = (stack, jnp.asarray(of_layer), cache, keys)
+        x_BTD, kv = layers.run_stack(body, x_BTD, per_layer, self.remat if cache is None else "none")
+        return layers.RMSNorm(c.width, eps=c.norm_eps, name="final_norm")(x_BTD), Cache(*kv)

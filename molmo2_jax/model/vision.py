@@ -1,0 +1,73 @@
+"""The vision transformer: every crop on its own, features tapped at chosen layers.
+
+B batch, M crops, P patches, C values per patch, E width, N heads, H head width, A tapped width = taps*E.
+
+Source: reference, olmo/nn/image_vit.py. No class token, no final norm, no dropout.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from molmo2_jax import config as config_lib
+from molmo2_jax.model import layers
+
+
+def normalise(patches):
+    """Returns float32 pixels in [-1, 1] from uint8, as SigLIP2 expects."""
+    return patches.astype(jnp.float32) / 127.5 - 1.0
+
+
+def full_attention(q_nPNH, k_nPNH, v_nPNH):
+    """Softmax attention among the patches of one crop; logits and softmax in float32."""
+    q = q_nPNH * q_nPNH.shape[-1] ** -0.5
+    s = jnp.einsum("nPNH,nQNH->nNPQ", q, k_nPNH, preferred_element_type=jnp.float32)
+    return jnp.einsum("nNPQ,nQNH->nPNH", jax.nn.softmax(s, axis=-1).astype(v_nPNH.dtype), v_nPNH)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+    config: config_lib.VisionConfig
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_nPE):
+        c = self.config
+
+        def linear(name, shape, axes, num_in=1):
+            return layers.Linear(shape, axes, num_in, use_bias=True, init_std=c.init_std, dtype=self.dtype,
+                                 name=name)
+
+        heads, split = (c.width, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
+        h = layers.LayerNorm(c.width, c.norm_eps, name="norm1")(x_nPE)
+        q, k, v = (linear(name, heads, split)(h) for name in ("q", "k", "v"))
+        x_nPE = x_nPE + linear("o", heads[1:] + heads[:1], split[1:] + split[:1], 2)(full_attention(q, k, v))
+        h = layers.LayerNorm(c.width, c.norm_eps, name="norm2")(x_nPE)
+        h = jax.nn.gelu(linear("fc1", (c.width, c.mlp_width), ("embed", "mlp"))(h), approximate=True)
+        return x_nPE + linear("fc2", (c.mlp_width, c.width), ("mlp", "embed"))(h)
+
+
+class VisionTransformer(nn.Module):
+    """uint8[B, M, P, C] patches -> [B, M, P, A]: outputs of the tapped layers, concatenated in tap order."""
+    config: config_lib.VisionConfig
+    taps: tuple[int, ...]
+    dtype: str = "float32"
+    remat: str = "full"
+
+    @nn.compact
+    def __call__(self, patches_BMPC):
+        c = self.config
+        B, M, P, C = patches_BMPC.shape
+        x = layers.Linear((C, c.width), (None, "embed"), use_bias=True, init_std=c.init_std,
+                          dtype=self.dtype, name="patch")(normalise(patches_BMPC.reshape(B * M, P, C)))
+        normal = nn.with_logical_partitioning(nn.initializers.normal(c.width ** -0.5), (None, "embed"))
+        x = x + self.param("position", normal, (P, c.width)).astype(x.dtype)
+
+        block = Block(c, self.dtype, parent=None)
+        stack = layers.stacked_params(self, "layers", block, c.num_layers, jnp.zeros((1, 1, c.width)))
+        outputs, start = {}, 0
+        for tap in sorted(set(self.taps)):  # run up to each tap in turn; nothing behind the last is computed
+            segment = jax.tree.map(lambda p: p[start:tap + 1], stack)
+            x, _ = layers.run_stack(lambda x, p: (block.apply({"params": p}, x), None), x, segment, self.remat)
+            outputs[tap], start = x, tap + 1
+        return jnp.concatenate([outputs[tap] for tap in self.taps], -1).reshape(B, M, P, -1)
