@@ -1,0 +1,299 @@
+"""A world with known answers: videos, stills and image sets of moving shapes, written as a data folder.
+
+    folder/SPLIT/annotations.jsonl, media/000000.mp4, media/000001.png, media/000002_1.png ...
+
+The folder is in the format every user brings (docs/data_format.md), so reading it is reading user data.
+Example `index` of a split depends on (seed, split, index, WorldConfig) alone.
+"""
+
+import concurrent.futures
+import dataclasses
+import fractions
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import zlib
+from typing import Literal
+
+import av
+import numpy as np
+import tqdm
+from PIL import Image
+
+from data_pipelines import synthetic_annotations
+from data_pipelines import synthetic_scene
+
+ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
+LAST_FRAME_GAP = 0.15   # seconds between the last grid time and the end, unless they coincide
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """What the drawn world looks like and what is asked about it. Ranges include both ends."""
+    objects: tuple[int, int] = (1, 6)
+    kinds: tuple[str, ...] = synthetic_scene.KINDS
+    colours: tuple[str, ...] = tuple(synthetic_scene.COLOURS)
+    unique: Literal["colour", "phrase", "none"] = "phrase"   # what no two objects of a scene share
+    radius: tuple[float, float] = (0.08, 0.2)                # of the short side
+    speed: tuple[float, float] = (0.0, 0.4)                  # short sides per second
+    is_apart: bool = False                                   # objects never touch
+    leave_share: float = 0.2                                 # of the objects pass through the border
+    frame_side: tuple[int, int] = (96, 192)                  # pixels, each side drawn alone, made even
+    fps: tuple[int, ...] = (6, 8, 10, 12, 15, 24)
+    duration: tuple[float, float] = (2.0, 6.0)               # seconds
+    gop: tuple[int, int] = (4, 48)                           # frames from keyframe to keyframe
+    vfr_share: float = 0.1                                   # of the videos have a variable frame rate
+    texture: float = 0.6                                     # of the background, 0 to 1
+    image_share: float = 0.2                                 # of the examples are one still
+    image_set_share: float = 0.1                             # ... or several
+    images_per_set: tuple[int, int] = (2, 4)
+    branches: tuple[int, int] = (3, 8)                       # annotations per example
+    annotations: tuple[tuple[str, float], ...] = (
+        ("points", 4.0), ("tracks", 2.0), ("count", 1.0), ("choice", 2.0), ("qa", 1.0), ("caption", 0.5))
+    phrases: tuple[str, ...] = synthetic_annotations.PHRASE_FORMS
+    point_modes: tuple[str, ...] = ("bare", "point_count")
+    point_time: Literal["first", "random"] = "first"         # which grid time shows the object
+    absent_share: float = 0.1                                # of the examples may ask for what is not there
+
+    def __post_init__(self):
+        for name in ("objects", "radius", "speed", "frame_side", "duration", "gop", "images_per_set", "branches"):
+            low, high = getattr(self, name)
+            _require(0 <= low <= high, f"{name} must be a range 0 <= low <= high", (low, high))
+        _require(self.objects[0] >= 1, "objects must be >= 1", self.objects)
+        _require(self.radius[0] > 0 and self.radius[1] * synthetic_scene.REACH < 0.5,
+                 "radius must be > 0 and fit into the frame (below 0.4)", self.radius)
+        _require(self.frame_side[0] >= 32, "frame_side must be >= 32 pixels", self.frame_side)
+        _require(self.duration[0] >= 0.6, "duration must be >= 0.6 seconds", self.duration)
+        _require(self.gop[0] >= 1, "gop must be >= 1 frame", self.gop)
+        for name, known in (("kinds", synthetic_scene.KINDS), ("colours", tuple(synthetic_scene.COLOURS)),
+                            ("phrases", synthetic_annotations.PHRASE_FORMS),
+                            ("point_modes", ("bare", "point_count", "count_point", "count"))):
+            values = getattr(self, name)
+            _require(values and set(values) <= set(known), f"{name} must be some of {known}", values)
+        kinds = dict(self.annotations)
+        _require(set(kinds) <= set(synthetic_annotations.ANNOTATION_KINDS) and sum(kinds.values()) > 0
+                 and min(kinds.values()) >= 0,
+                 f"annotations must give rates >= 0 of {synthetic_annotations.ANNOTATION_KINDS}", self.annotations)
+        _require(self.unique in ("colour", "phrase", "none"), "unique must be colour, phrase or none", self.unique)
+        _require(self.point_time in ("first", "random"), "point_time must be first or random", self.point_time)
+        available = {"colour": len(self.colours), "phrase": len(self.colours) * len(self.kinds)}
+        _require(self.objects[1] <= available.get(self.unique, self.objects[1]),
+                 f"objects must not exceed the different {self.unique}s", self.objects)
+
+
+def _require(ok, rule: str, value) -> None:
+    if not ok:
+        raise ValueError(f"{rule}; got {value!r}")
+
+
+def quickstart_world() -> WorldConfig:
+    """One to three large objects of different colours, kept apart, slow, in clips of two to three seconds."""
+    return WorldConfig(
+        objects=(1, 3), colours=("red", "green", "blue", "yellow", "purple", "cyan"), unique="colour",
+        radius=(0.16, 0.22), speed=(0.0, 0.12), is_apart=True, leave_share=0.0, frame_side=(96, 128),
+        fps=(8, 10, 12), duration=(2.0, 3.0), vfr_share=0.05, texture=0.3, phrases=("colour_kind", "any"),
+        absent_share=0.0)
+
+
+def full_world() -> WorldConfig:
+    """One to six objects that cross, hide each other, enter and leave, in clips of many sizes and rates."""
+    return WorldConfig()
+
+
+def sample_scene(rng: np.random.Generator, config: WorldConfig, times: np.ndarray, duration: float,
+                 size: tuple[int, int]) -> synthetic_scene.Scene:
+    """Returns a scene in which every object is well visible at a grid time at least once."""
+    for _ in range(100):
+        shapes = _sample_shapes(rng, config, times, size)
+        if shapes is None:
+            continue
+        scene = synthetic_scene.Scene(
+            background=synthetic_scene.background(rng, size[1], size[0], config.texture),
+            shapes=shapes, times=times, duration=duration)
+        if config.is_apart and not config.leave_share or _all_well_visible(scene):
+            return scene
+    raise ValueError("objects, radius and speed must leave room for every object to be seen; found no such "
+                     f"scene of {size[0]}x{size[1]} pixels in 100 draws of {config}")
+
+
+def _all_well_visible(scene: synthetic_scene.Scene) -> bool:
+    grid = synthetic_annotations.grid(scene.duration)[:-1] if scene.duration else np.zeros(1)
+    shares = [synthetic_scene.owners(scene, scene.frame_at(time))[1] for time in grid]
+    return bool((np.max(shares, axis=0) >= synthetic_annotations.WELL_SHARE).all())
+
+
+def _sample_shapes(rng, config: WorldConfig, times, size) -> tuple[synthetic_scene.Shape, ...] | None:
+    """Returns shapes that keep their distance if they must, or None if some shape found no place."""
+    short = min(size)
+    number = int(rng.integers(config.objects[0], config.objects[1] + 1))
+    names = _sample_names(rng, config, number)
+    shrink = 1.0
+    for _ in range(12):
+        shapes = []
+        for colour, kind in names:
+            low, high = config.radius
+            radius = short * (low + rng.random() * (high - low) * shrink)
+            centres = _sample_path(rng, config, times, size, kind, radius, shapes)
+            if centres is None:
+                break
+            tint = rng.integers(-12, 13, 3)
+            rgb = tuple(int(v) for v in np.clip(np.array(synthetic_scene.COLOURS[colour]) + tint, 0, 255))
+            shapes.append(synthetic_scene.Shape(kind=kind, colour=colour, rgb=rgb, radius=radius,
+                                                angle=rng.uniform(-0.15, 0.15), centres=centres))
+        if len(shapes) == number:
+            return tuple(shapes)
+        shrink *= 0.7
+    return None
+
+
+def _sample_names(rng, config: WorldConfig, number: int) -> list[tuple[str, str]]:
+    kinds = [config.kinds[i] for i in rng.integers(len(config.kinds), size=number)]
+    if config.unique == "colour":
+        return [(config.colours[i], kind) for i, kind in zip(rng.permutation(len(config.colours)), kinds)]
+    if config.unique == "phrase":
+        pairs = [(colour, kind) for colour in config.colours for kind in config.kinds]
+        return [pairs[i] for i in rng.permutation(len(pairs))[:number]]
+    return [(config.colours[i], kind) for i, kind in zip(rng.integers(len(config.colours), size=number), kinds)]
+
+
+def _reach(kind: str, radius: float) -> float:
+    return float(np.linalg.norm(synthetic_scene.OUTLINES[kind], axis=1).max()) * radius
+
+
+def _sample_path(rng, config: WorldConfig, times, size, kind, radius, others) -> np.ndarray | None:
+    """Returns float64[F, 2] centres that stay inside (or pass through the border), or None after 48 tries."""
+    tries = 48 if config.is_apart else 1
+    reach = _reach(kind, radius)
+    speed = rng.uniform(*config.speed, (tries, 1)) * min(size)
+    angle = rng.uniform(0, 2 * np.pi, (tries, 1))
+    velocity = speed * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    low, high = np.full(2, reach), np.array(size) - 1 - reach
+    start = low + rng.random((tries, 2)) * (high - low)
+    if rng.random() < config.leave_share:
+        paths = start[:, None] + velocity[:, None] * (times - rng.uniform(0, times[-1]))[None, :, None]
+    else:
+        paths = _reflect(start[:, None] + velocity[:, None] * times[None, :, None], low, high)
+    is_free = np.ones(tries, bool)
+    for other in others if config.is_apart else ():
+        distance = np.linalg.norm(paths - other.centres, axis=-1).min(axis=1)
+        is_free &= distance > 0.9 * (reach + _reach(other.kind, other.radius)) + 2
+    return paths[is_free.argmax()] if is_free.any() else None
+
+
+def _reflect(positions, low, high):
+    """Returns positions bounced back and forth between low and high."""
+    span = high - low
+    folded = np.mod(positions - low, 2 * span)
+    return low + np.minimum(folded, 2 * span - folded)
+
+
+def _sample_times(rng, config: WorldConfig) -> tuple[np.ndarray, fractions.Fraction, int]:
+    """Returns the ticks int64[F + 1] at which frames appear (and the last one ends), the length of a tick in
+    seconds, and the keyframe interval."""
+    fps = int(config.fps[rng.integers(len(config.fps))])
+    tick = fractions.Fraction(1, 2 * fps)
+    while True:
+        wanted = rng.uniform(*config.duration)
+        ticks = np.arange(0, max(round(wanted * fps), 2) + 1) * 2
+        if rng.random() < config.vfr_share:
+            steps = rng.integers(1, 5, size=len(ticks))
+            ticks = np.concatenate([[0], np.cumsum(steps)])
+            ticks = ticks[:max(int(np.searchsorted(ticks, wanted * 2 * fps)), 2) + 1]
+        rest = float(ticks[-1] * tick) % 0.5
+        if rest == 0 or rest >= LAST_FRAME_GAP:
+            return ticks, tick, int(rng.integers(config.gop[0], config.gop[1] + 1))
+
+
+def encode(path: str | os.PathLike, images, ticks, tick: fractions.Fraction, gop: int) -> None:
+    """Writes uint8[H, W, 3] images as H.264; image i appears at ticks[i] and the last one ends at ticks[-1]."""
+    with av.open(os.fspath(path), "w") as container:
+        stream = None
+        for image, start, end in zip(images, ticks[:-1], ticks[1:]):
+            if stream is None:
+                stream = container.add_stream("libx264", rate=1 / (2 * tick), options=ENCODER_OPTIONS)
+                stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
+                stream.gop_size = gop
+                stream.thread_count = 1
+                stream.codec_context.time_base = tick
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.duration, frame.time_base = int(start), int(end - start), tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def make_example(folder: str, config: WorldConfig, seed: int, split: str, has_masks: bool, index: int) -> dict:
+    """Writes the media of one example below `folder` and returns its record (one line of annotations.jsonl)."""
+    entropy = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(split.encode()), index))
+    rng = np.random.default_rng(entropy)
+    draw = rng.random()
+    sides = [int(side) // 2 * 2 for side in rng.integers(config.frame_side[0], config.frame_side[1] + 1, 2)]
+    is_video = draw >= config.image_share + config.image_set_share
+    if is_video:
+        ticks, tick, gop = _sample_times(rng, config)
+        times = ticks * float(tick)
+        scene = sample_scene(rng, config, times[:-1], float(ticks[-1] * tick), sides)
+        name = f"media/{index:06d}.mp4"
+        encode(os.path.join(folder, name), synthetic_scene.draw(scene), ticks, tick, gop)
+        observations = [synthetic_annotations.observe(scene, synthetic_annotations.grid(scene.duration))]
+        record = {"video": name, "size": sides}
+    else:
+        number = 1
+        if draw >= config.image_share:
+            number = int(rng.integers(config.images_per_set[0], config.images_per_set[1] + 1))
+        names = [f"media/{index:06d}{f'_{n + 1}' if number > 1 else ''}.png" for n in range(number)]
+        observations = []
+        for name in names:
+            scene = sample_scene(rng, config, np.zeros(1), 0.0, sides)
+            Image.fromarray(next(synthetic_scene.draw(scene))).save(os.path.join(folder, name), compress_level=1)
+            observations.append(synthetic_annotations.observe(scene, np.zeros(1)))
+        record = {"images": names, "size": [sides] * number}
+    asker = synthetic_annotations.Asker(observations, config, rng, is_video)
+    record["annotations"] = asker.annotations(int(rng.integers(config.branches[0], config.branches[1] + 1)))
+    if has_masks:
+        record["masks"] = asker.masks()
+    return record
+
+
+def write(folder: str | os.PathLike, config: WorldConfig, seed: int, num_examples: int, split: str, *,
+          workers: int = 1, has_masks: bool | None = None, progress: bool = True) -> pathlib.Path:
+    """Returns the path of folder/split/annotations.jsonl; writes it and its media unless they are complete.
+
+    Args:
+      has_masks: write the visible mask of every object at every grid time, for scoring; None: unless the
+        split is called "train".
+
+    Raises:
+      ValueError: the folder holds something other than an earlier writing of a world.
+    """
+    root = pathlib.Path(folder) / split
+    target, label = root / "annotations.jsonl", root / "world.json"
+    has_masks = split != "train" if has_masks is None else has_masks
+    written = json.dumps({"seed": seed, "split": split, "num_examples": num_examples, "has_masks": has_masks,
+                          "config": dataclasses.asdict(config)}, indent=1)
+    if root.exists() and any(root.iterdir()) and not label.exists():
+        raise ValueError(f"the folder of a split must be empty or written by this function; got {root}")
+    if target.exists() and label.read_text() == written:
+        return target
+    (root / "media").mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    label.write_text(written)
+    make = functools.partial(make_example, str(root), config, seed, split, has_masks)
+    partial = target.with_suffix(".partial")
+    with open(partial, "w") as lines:
+        for record in tqdm.tqdm(_map(make, num_examples, workers), total=num_examples, desc=f"writing {split}",
+                                unit="examples", disable=not progress):
+            lines.write(json.dumps(record) + "\n")
+    partial.rename(target)
+    return target
+
+
+def _map(make, number: int, workers: int):
+    """Yields make(0), make(1) ... in order, computed by `workers` processes."""
+    if workers <= 1:
+        yield from map(make, range(number))
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield from pool.map(make, range(number), chunksize=max(1, min(16, number // (4 * workers))))

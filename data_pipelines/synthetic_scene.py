@@ -1,0 +1,126 @@
+"""Scenes of flat, coloured shapes that move: where everything is at which time, and how it looks.
+
+F frames of H x W pixels, K shapes. Positions are (x, y) in pixels; integer coordinates are pixel centres,
+so the pixel of a point is the rounded point. Later shapes of a scene lie in front of earlier ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (216, 40, 40), "green": (40, 168, 60), "blue": (48, 80, 228), "yellow": (240, 216, 40),
+    "purple": (150, 50, 190), "cyan": (50, 210, 220), "orange": (245, 135, 25), "pink": (250, 140, 190),
+}
+REACH = 1.25        # no outline leaves a circle of REACH x radius
+SUPERSAMPLING = 4   # per axis, for anti-aliased edges
+_BINARY = [0] * 128 + [255] * 128
+
+
+def _ring(radii, num_vertices: int) -> np.ndarray:
+    """Returns float64[V, 2]: vertices at the given radii (repeated), the first one on top."""
+    angles = np.arange(num_vertices) * 2 * math.pi / num_vertices
+    radii = np.resize(radii, num_vertices)
+    return np.stack([radii * np.sin(angles), -radii * np.cos(angles)], axis=1)
+
+
+OUTLINES = {  # polygons in units of the radius, y downwards, of roughly equal area
+    "circle": _ring([1.0], 36),
+    "square": np.array([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]),
+    "triangle": _ring([1.25], 3),
+    "star": _ring([1.25, 0.55], 10),
+    "diamond": np.array([(0, -1.25), (0.85, 0), (0, 1.25), (-0.85, 0)]),
+    "cross": np.array([(-.38, -1.08), (.38, -1.08), (.38, -.38), (1.08, -.38), (1.08, .38), (.38, .38),
+                       (.38, 1.08), (-.38, 1.08), (-.38, .38), (-1.08, .38), (-1.08, -.38), (-.38, -.38)]),
+}
+KINDS = tuple(OUTLINES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One object of a scene."""
+    kind: str
+    colour: str
+    rgb: tuple[int, int, int]
+    radius: float          # pixels
+    angle: float           # radians, fixed
+    centres: np.ndarray    # float64[F, 2], (x, y)
+
+    @property
+    def phrase(self) -> str:
+        return f"{self.colour} {self.kind}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A still has one frame at time 0."""
+    background: np.ndarray     # uint8[H, W, 3]
+    shapes: tuple[Shape, ...]
+    times: np.ndarray          # float64[F], when each frame appears, seconds
+    duration: float            # seconds
+
+    @property
+    def height(self) -> int:
+        return self.background.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.background.shape[1]
+
+    def frame_at(self, seconds: float) -> int:
+        """Returns the frame on display at a time; the last one at the end of the clip."""
+        return max(int(np.searchsorted(self.times, seconds + 1e-6, side="right")) - 1, 0)
+
+
+def background(rng: np.random.Generator, height: int, width: int, texture: float) -> np.ndarray:
+    """Returns uint8[H, W, 3]: a greyish tone with soft blotches (and slight grain) of the given strength, 0..1."""
+    tone = rng.uniform(50, 200) + rng.uniform(-14, 14, 3)
+    image = np.broadcast_to(tone, (height, width, 3)).astype(np.float32)
+    if texture > 0:
+        cells = rng.uniform(-60 * texture, 60 * texture, (rng.integers(3, 7), rng.integers(3, 7)))
+        blotches = Image.fromarray(cells.astype(np.float32)).resize((width, height), Image.BICUBIC)
+        grain = rng.integers(0, 5, (height, width), dtype=np.int8) * np.float32(texture)
+        image = image + (np.asarray(blotches) + grain)[..., None]
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _sprite(shape: Shape, frame: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Returns the coverage (0..255) of a shape, and where its upper left corner lies: column, row."""
+    x, y = shape.centres[frame]
+    reach = int(REACH * shape.radius) + 2
+    left, top = int(math.floor(x)) - reach, int(math.floor(y)) - reach
+    side = (2 * reach + 2) * SUPERSAMPLING
+    cos, sin = math.cos(shape.angle), math.sin(shape.angle)
+    outline = OUTLINES[shape.kind] @ np.array([[cos, sin], [-sin, cos]]) * shape.radius
+    corners = (outline + (x - left + 0.5, y - top + 0.5)) * SUPERSAMPLING
+    canvas = Image.new("L", (side, side))
+    ImageDraw.Draw(canvas).polygon(corners.ravel().tolist(), fill=255)
+    return canvas.reduce(SUPERSAMPLING), (left, top)
+
+
+def draw(scene: Scene) -> Iterator[np.ndarray]:
+    """Yields uint8[H, W, 3], frame after frame."""
+    background = Image.fromarray(scene.background)
+    for frame in range(len(scene.times)):
+        image = background.copy()
+        for shape in scene.shapes:
+            coverage, corner = _sprite(shape, frame)
+            image.paste(shape.rgb, corner, coverage)
+        yield np.asarray(image)
+
+
+def owners(scene: Scene, frame: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns who is visible where: uint8[H, W] with k + 1 at pixels of shape k and 0 at background, and
+    float64[K] with the share of each shape's area that is visible (not hidden, not outside the frame)."""
+    K = len(scene.shapes)
+    owner, areas = Image.new("L", (scene.width, scene.height)), np.zeros(K)
+    for k, shape in enumerate(scene.shapes):
+        coverage, corner = _sprite(shape, frame)
+        areas[k] = sum(coverage.histogram()[128:])
+        owner.paste(k + 1, corner, coverage.point(_BINARY))
+    pixels = np.asarray(owner)
+    visible = np.bincount(pixels.ravel(), minlength=K + 1)[1:]
+    return pixels, visible / np.maximum(areas, 1)
