@@ -1,0 +1,300 @@
+"""Which sequences share a row, and the row they make.
+
+Two budgets bind a row: T tokens and M crops; R pooled rows are a third, rarely felt limit. Packing is on-line:
+sequences wait in a small buffer, and each new one lets a knapsack choose a good row among those waiting.
+
+B rows, T tokens, M crops of P patches of C values, R pooled rows of W patches.
+Source: reference: olmo/data/dynamic_packer.py; the two vectors behind the attention mask are explained in
+attention/tree_mask.py.
+"""
+
+import math
+from collections.abc import Sequence as Listing
+from typing import Any
+
+import numpy as np
+
+from molmo2_jax import types
+
+Pack = list[tuple[types.Sequence, Any]]
+
+
+def knapsack(tokens: Listing[int], crops: Listing[int], values: Listing[float], max_tokens: int,
+             max_crops: int) -> list[int]:
+    """Returns the item numbers, descending, with the largest total value within both capacities.
+
+    Exact 0/1 dynamic programme in float32; of equally good choices, one without the later items.
+    """
+    best = np.zeros((max_tokens + 1, max_crops + 1), np.float32)
+    is_taken = np.zeros((len(values), max_tokens + 1, max_crops + 1), bool)
+    for item, (t, c, value) in enumerate(zip(tokens, crops, values, strict=True)):
+        if t > max_tokens or c > max_crops:
+            continue
+        with_item = best[:max_tokens + 1 - t, :max_crops + 1 - c] + np.float32(value)
+        without = best[t:, c:]
+        np.greater(with_item, without, out=is_taken[item, t:, c:])
+        np.maximum(with_item, without, out=without)
+    chosen, t, c = [], max_tokens, max_crops
+    for item in range(len(values) - 1, -1, -1):
+        if is_taken[item, t, c]:
+            chosen.append(item)
+            t, c = t - tokens[item], c - crops[item]
+    return chosen
+
+
+class Packer:
+    """Collects sequences and emits packs; exactly the reference's on-line algorithm.
+
+    A pack is a list of (sequence, tag) in the order in which `join` concatenates them. Tags are the caller's
+    and come back untouched. The whole state is the buffer: a new Packer that is pushed the sequences of
+    `pending`, in that order, continues where this one stands.
+
+    max_tokens, max_crops, max_pooled: budgets of a row; max_pooled None: as many as there are tokens.
+    buffer: sequences that wait before the first row is chosen.
+    text_weight, image_weight: value of a token and of a crop. Lets 128-frame videos find partners.
+    emit_full_crops_alone: a sequence that fills the crop budget does not wait (off in all recipes).
+    """
+
+    def __init__(self, max_tokens: int, max_crops: int, max_pooled: int | None = None, *, buffer: int = 48,
+                 text_weight: float = 1.0, image_weight: float = 30.0, emit_full_crops_alone: bool = False):
+        if min(max_tokens, max_crops + 1, buffer) < 1:
+            raise ValueError("max_tokens and buffer must be >= 1 and max_crops >= 0; "
+                             f"got {(max_tokens, buffer, max_crops)}")
+        self._max_tokens, self._max_crops = max_tokens, max_crops
+        self._max_pooled = max_tokens if max_pooled is None else max_pooled
+        self._buffer_size, self._weights = buffer, (text_weight, image_weight)
+        self._emit_full_crops_alone = emit_full_crops_alone
+        self._step = max(1, max_tokens // 512)  # the knapsack counts tokens in steps
+        self._waiting: Pack = []
+
+    @property
+    def pending(self) -> list[Any]:
+        """Tags of the sequences in the buffer, oldest first."""
+        return [tag for _, tag in self._waiting]
+
+    def push(self, sequence: types.Sequence, tag: Any = None) -> Pack | None:
+        """Returns a pack, or None while the buffer fills.
+
+        A sequence that fills the token budget alone is returned at once and never waits; one beyond the
+        budget as well, so cut it first (sequence.truncate).
+
+        Raises:
+          ValueError: the sequence has more crops or pooled rows than any row may have.
+        """
+        tokens, crops, pooled = len(sequence.tokens), len(sequence.patches), len(sequence.pooled)
+        if crops > self._max_crops or pooled > self._max_pooled:
+            raise ValueError(f"a sequence must fit a row of {self._max_crops} crops and {self._max_pooled} "
+                             f"pooled rows; got {crops} and {pooled} ({tag!r})")
+        fills_tokens = self._steps(tokens) >= self._steps(self._max_tokens)
+        if fills_tokens or (self._emit_full_crops_alone and crops >= self._max_crops):
+            return [(sequence, tag)]
+        pack = self._take() if len(self._waiting) >= self._buffer_size else None
+        self._waiting.append((sequence, tag))
+        return pack
+
+    def flush(self) -> list[Pack]:
+        """Returns packs of everything that waits, and empties the buffer."""
+        packs = []
+        while self._waiting:
+            packs.append(self._take())
+        return packs
+
+    def _steps(self, tokens: int) -> int:
+        return math.ceil(tokens / self._step)
+
+    def _take(self) -> Pack:
+        """Removes the best pack from the buffer and returns it."""
+        tokens = [len(sequence.tokens) for sequence, _ in self._waiting]
+        crops = [len(sequence.patches) for sequence, _ in self._waiting]
+        text_weight, image_weight = self._weights
+        values = [t * text_weight + c * image_weight for t, c in zip(tokens, crops, strict=True)]
+        chosen = knapsack([self._steps(t) for t in tokens], crops, values, self._steps(self._max_tokens),
+                          self._max_crops)
+        pack, pooled, kept = [], 0, set()
+        for item in chosen:  # the knapsack knows two budgets only: whoever breaks the third goes on waiting
+            pooled_with = pooled + len(self._waiting[item][0].pooled)
+            if pooled_with <= self._max_pooled:
+                pack.append(self._waiting[item])
+                kept.add(item)
+                pooled = pooled_with
+        self._waiting = [entry for item, entry in enumerate(self._waiting) if item not in kept]
+        return pack
+
+
+def join(sequences: Listing[types.Sequence], *, T: int, M: int, R: int, W: int,
+         patch_shape: tuple[int, int] | None = None) -> types.Batch:
+    """Returns a Batch of one row (B = 1) that holds the sequences one behind the other, then padding.
+
+    patch_shape: (P, C), needed only where no sequence of the row has crops.
+
+    Raises:
+      ValueError: the sequences break a budget or disagree about patches, or the row breaks an invariant.
+    """
+    used = {"T": sum(len(one.tokens) for one in sequences), "M": sum(len(one.patches) for one in sequences),
+            "R": sum(len(one.pooled) for one in sequences),
+            "W": max((one.pooled.shape[1] for one in sequences if len(one.pooled)), default=0)}
+    limits = {"T": T, "M": M, "R": R, "W": W}
+    over = [f"{name} = {used[name]} of {limits[name]}" for name in limits if used[name] > limits[name]]
+    if over:
+        raise ValueError(f"sequences must fit the row; got {', '.join(over)}")
+    shapes = {one.patches.shape[1:] for one in sequences if len(one.patches)}
+    shapes |= {tuple(patch_shape)} if patch_shape is not None else set()
+    if len(shapes) != 1:
+        raise ValueError("the patches of a row must have one shape (P, C), given by patch_shape if no "
+                         f"sequence has crops; got {sorted(shapes)}")
+    row = _empty_row(T, M, R, W, *shapes.pop())
+    state = {"token": 0, "crop": 0, "pooled": 0, "group": 0, "image": 0}
+    for number, one in enumerate(sequences):
+        _place(row, one, number, state)
+    batch = types.Batch(**{name: value[None] for name, value in row.items()})
+    check_invariants(batch)
+    return batch
+
+
+def _empty_row(T: int, M: int, R: int, W: int, P: int, C: int) -> dict[str, np.ndarray]:
+    zeros = {name: np.zeros(T, np.int32) for name in ("tokens", "targets", "positions")}
+    absent = {name: np.full(T, -1, np.int32) for name in ("group", "image", "example", "branch")}
+    return zeros | absent | {
+        "weights": np.zeros(T, np.float32), "end": np.arange(1, T + 1, dtype=np.int32),
+        "patches": np.zeros((M, P, C), np.uint8), "pooled": np.full((R, W), -1, np.int32)}
+
+
+def _place(row: dict[str, np.ndarray], one: types.Sequence, number: int, state: dict[str, int]) -> None:
+    """Writes one sequence into the row behind those already there; `state` says where that is."""
+    length, crops, pooled = len(one.tokens), len(one.patches), len(one.pooled)
+    place = slice(state["token"], state["token"] + length)
+    for name in ("tokens", "targets", "weights", "positions", "branch"):
+        row[name][place] = getattr(one, name)
+    row["example"][place] = number
+    row["end"][place] = state["token"] + _ends(one.branch)
+    is_visual = one.image >= 0
+    if is_visual.any():
+        row["group"][place] = np.where(is_visual, state["group"], -1)
+        row["image"][place] = np.where(is_visual, state["image"] + one.image, -1)
+        state["group"] += 1
+        state["image"] += int(one.image.max()) + 1
+    if crops:
+        P = one.patches.shape[1]
+        row["patches"][state["crop"]:state["crop"] + crops] = one.patches
+        shifted = np.where(one.pooled >= 0, one.pooled + state["crop"] * P, -1)
+        row["pooled"][state["pooled"]:state["pooled"] + pooled, :one.pooled.shape[1]] = shifted
+    state["token"] += length
+    state["crop"] += crops
+    state["pooled"] += pooled
+
+
+def _ends(branch: np.ndarray) -> np.ndarray:
+    """Returns int[T], the first index behind the branch of each token; behind everything for the root."""
+    if not len(branch):
+        return np.zeros(0, np.int32)
+    borders = np.append(np.flatnonzero(np.diff(branch)) + 1, len(branch))
+    ends = borders[np.searchsorted(borders, np.arange(len(branch)), side="right")]
+    return np.where(branch < 0, len(branch), ends)
+
+
+def stack(rows: Listing[types.Batch]) -> types.Batch:
+    """Returns the batch of all rows.
+
+    Raises:
+      ValueError: there is no row, or shapes differ between rows.
+    """
+    if not rows:
+        raise ValueError("a batch must have at least one row; got none")
+    for name, parts in zip(types.Batch._fields, zip(*rows, strict=True), strict=True):
+        shapes = {part.shape[1:] for part in parts}
+        if len(shapes) > 1:
+            raise ValueError(f"rows of a batch must have one shape of {name}; got {sorted(shapes)}")
+    return types.Batch(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+
+
+def _require(is_right: np.ndarray, rule: str, got: np.ndarray) -> None:
+    """Raises ValueError for the first [row, position] at which a rule is broken."""
+    if not is_right.all():
+        row, position = np.argwhere(~is_right)[0]
+        raise ValueError(f"{rule}; row {row}, position {position} has {got[row, position]}")
+
+
+def check_invariants(batch: types.Batch) -> None:
+    """Returns nothing if the batch is what the attention mask and the model rely on (numpy, on the host).
+
+    Raises:
+      ValueError: naming the invariant, the row and the position of the first token that breaks it.
+    """
+    position = np.arange(batch.tokens.shape[1])[None]
+    is_valid = batch.example >= 0
+    before = np.pad(batch.example, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    is_first = is_valid & (batch.example != before)
+    branch_before = np.pad(batch.branch, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    is_border = is_first | (is_valid & (batch.branch != branch_before))
+    _check_order(batch, is_valid, before, is_first, branch_before, is_border)
+    example_start = np.maximum.accumulate(np.where(is_first, position, 0), axis=1)
+    _check_ends(batch, position, is_valid, is_first, is_border, example_start)
+    _check_visual(batch, position, is_valid, example_start)
+    _check_values(batch, is_valid)
+
+
+def _check_order(batch, is_valid, before, is_first, branch_before, is_border) -> None:
+    follows = is_valid & ((batch.example == before) | (batch.example == before + 1))
+    was_valid = np.pad(is_valid, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+    _require(~is_valid | was_valid, "padding must come last", batch.example)
+    _require(~is_valid | follows, "examples must be contiguous and numbered 0, 1, ...", batch.example)
+    _require(is_valid | (batch.branch == -1), "padding must have branch -1", batch.branch)
+    _require(~is_first | (batch.branch == -1), "an example must begin with its root, branch -1",
+             batch.branch)
+    next_branch = ~is_border | is_first | (batch.branch == branch_before + 1)
+    _require(next_branch, "branches must be contiguous and numbered 0, 1, ... behind their root",
+             batch.branch)
+
+
+def _next_border(is_border: np.ndarray) -> np.ndarray:
+    """Returns int[B, T]: the first border behind each position, T if there is none."""
+    T = is_border.shape[1]
+    places = np.where(is_border, np.arange(T)[None], T)
+    behind = np.pad(places[:, 1:], ((0, 0), (0, 1)), constant_values=T)
+    return np.minimum.accumulate(behind[:, ::-1], axis=1)[:, ::-1]
+
+
+def _check_ends(batch, position, is_valid, is_first, is_border, example_start) -> None:
+    is_pad_start = ~is_valid & np.pad(is_valid, ((0, 0), (1, 0)))[:, :-1]
+    example_end = _next_border(is_first | is_pad_start)
+    branch_end = _next_border(is_border | is_pad_start)
+    end = np.where(is_valid, np.where(batch.branch < 0, example_end, branch_end), position + 1)
+    _require(batch.end == end, "end must be the end of the branch, of the example for a root token, and "
+             "position + 1 for padding", batch.end)
+    root_length = np.take_along_axis(branch_end, example_start, axis=1) - example_start
+    branch_start = np.maximum.accumulate(np.where(is_border, position, 0), axis=1)
+    offset = position - branch_start + np.where(batch.branch < 0, 0, root_length)
+    _require(batch.positions == np.where(is_valid, offset, 0),
+             "positions must restart in every example, and behind the root in every branch", batch.positions)
+
+
+def _check_visual(batch, position, is_valid, example_start) -> None:
+    is_visual = batch.group >= 0
+    _require(~is_visual | (is_valid & (batch.branch < 0)), "visual tokens must lie in roots", batch.group)
+    last = np.maximum.accumulate(np.where(is_visual, position, -1), axis=1)
+    last_before = np.pad(last, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    is_first = is_visual & (last_before < example_start)
+    group = np.where(is_visual, np.cumsum(is_first, axis=1) - 1, -1)
+    _require(batch.group == group, "group must number the examples that have visual tokens, at these "
+             "tokens, and be -1 elsewhere", batch.group)
+    _require((batch.image >= 0) == is_visual, "image must be >= 0 exactly where group is", batch.image)
+    highest = np.maximum.accumulate(np.pad(batch.image, ((0, 0), (1, 0)), constant_values=-1), axis=1)[:, :-1]
+    is_next = batch.image == highest + 1
+    _require(~is_visual | is_next | ((batch.image == highest) & ~is_first),
+             "image must number the images and frames of a row 0, 1, ...", batch.image)
+
+
+def _check_values(batch, is_valid) -> None:
+    for name in ("tokens", "targets"):
+        value = getattr(batch, name)
+        _require(np.where(is_valid, value >= 0, value == 0), f"{name} must be ids >= 0, and 0 at padding",
+                 value)
+    weights = batch.weights
+    _require(np.isfinite(weights) & (weights >= 0) & (is_valid | (weights == 0)),
+             "weights must be finite, >= 0, and 0 at padding", weights)
+    _, M, P, _ = batch.patches.shape
+    in_range = (batch.pooled >= -1) & (batch.pooled < M * P)
+    _require(in_range.all(-1), f"pooled must name patches 0 ... {M * P - 1}, or -1", batch.pooled)
+    is_used = (batch.pooled >= 0).any(-1)
+    was_used = np.pad(is_used, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+    _require(~is_used | was_used, "pooled rows in use must come first", batch.pooled)
