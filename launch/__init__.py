@@ -1,0 +1,1 @@
+"""Thin mains: flags, gin files, one library call each."""

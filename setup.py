@@ -1,0 +1,62 @@
+"""Package metadata. Version ranges are those the test suite was run with."""
+
+import pathlib
+import re
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).parent
+_VERSION = re.search(r'__version__ = "(.+)"', (_ROOT / "molmo2_jax/__init__.py").read_text())[1]
+
+# Everything the quickstart needs, on CPU. TensorFlow is not among it: it comes only with `seqio`.
+_REQUIRES = [
+    "absl-py>=2.1,<3",
+    "array-record>=0.8.1,<0.9",
+    "av>=18,<19",
+    "flax>=0.12.8,<0.13",
+    "gin-config>=0.5,<0.6",
+    "grain>=0.2.18,<0.3",
+    "jax>=0.10,<0.11",
+    "numpy>=2.2,<3",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "pillow>=12,<14",
+    "safetensors>=0.8,<0.9",
+    "scipy>=1.15,<2",
+    "tensorboardX>=2.6.4,<3",
+    "tensorstore>=0.1.84,<0.2",
+    "tokenizers>=0.23,<0.24",
+    "tqdm>=4.66,<5",
+]
+
+_EXTRAS = {
+    # torch and transformers are the reference that exported checkpoints are compared with.
+    "test": [
+        "hypothesis>=6.100,<7",
+        "pytest>=9,<10",
+        "ruff>=0.12,<0.18",
+        "setuptools>=77",
+        "torch==2.13.0",
+        "transformers==5.23.0",
+    ],
+    "tpu": ["jax[tpu]>=0.10,<0.11"],
+    "seqio": ["seqio>=0.0.20,<0.1"],
+    "demo": ["gradio>=5,<7"],
+    "prepare": ["apache-beam>=2.66,<3"],
+}
+
+setuptools.setup(
+    name="molmo2_jax",
+    version=_VERSION,
+    description="Molmo2, the open video and image model that points and tracks, in JAX and Flax.",
+    long_description=(_ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(
+        include=[f"{root}{tail}" for root in ("molmo2_jax", "data_pipelines", "launch")
+                 for tail in ("", ".*")]),
+    install_requires=_REQUIRES,
+    extras_require=_EXTRAS,
+)
