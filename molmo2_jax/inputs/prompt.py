@@ -31,6 +31,8 @@ _CHOICE_STYLES = frozenset("""
     ai2_diagram_no_letter ai2_diagram science_qa eval_multiple_choice multi_image_mc
     multi_image_mc_exp mantis_instruct_mc eval_multi_image_mc""".split())
 
+STYLES_WITHOUT_PREFIX = _DEMO_STYLES | _CHOICE_STYLES
+
 # Names used by evaluation sets for the style the model was trained with.
 _EVALUATION_NAMES = {
     "eval_short_answer": "vqa2",
@@ -103,7 +105,7 @@ def style_prefix(style: str) -> str:
     `demo_or_style_v2`.
     """
     name = training_style(style)
-    return "" if name in _DEMO_STYLES or name in _CHOICE_STYLES else f"{name}:"
+    return "" if name in STYLES_WITHOUT_PREFIX else f"{name}:"
 
 
 def pretrain_prefix(style: str, answer: str | None = None,

@@ -1,0 +1,177 @@
+"""The safetensors format: tensors by byte range in, shards one tensor at a time out.
+
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the bytes. We
+read with plain `pread` instead of a memory map, so that a checkpoint never counts twice against the host's
+memory, and write without ever holding a shard.
+
+Source: https://github.com/huggingface/safetensors (format section).
+"""
+
+import json
+import math
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies on disk."""
+    path: pathlib.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Returns rows first .. last - 1, reading only their bytes."""
+        last = self.shape[0] if last is None else last
+        row = math.prod(self.shape[1:])
+        out = np.empty((last - first, *self.shape[1:]), self.dtype)
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset + first * row * self.dtype.itemsize)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ValueError(f"a safetensors file must not shrink while it is read; {self.path}")
+                done += count
+        return out
+
+
+def _header(path: pathlib.Path) -> tuple[dict, int]:
+    """Returns (header, offset of the first data byte).
+
+    Raises:
+      ValueError: the file is cut short or is not a safetensors file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise ValueError(f"a shard must be a complete safetensors file; {path} has {size} bytes and "
+                             f"announces a header of {length}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"a shard must have a JSON header; {path}: {error}") from error
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def open_file(path: pathlib.Path) -> dict[str, Tensor]:
+    """Returns {name: Tensor} of one file.
+
+    Raises:
+      ValueError: cut short, not safetensors, or a tensor is not float32, float16 or bfloat16.
+    """
+    header, base = _header(path)
+    size = path.stat().st_size
+    found = {}
+    for name, info in header.items():
+        first, last = info["data_offsets"]
+        shape = tuple(info["shape"])
+        if info["dtype"] not in DTYPES:
+            raise ValueError(f"tensors must be one of {tuple(DTYPES)}; {name} in {path} is {info['dtype']}")
+        dtype = DTYPES[info["dtype"]]
+        if base + last > size:
+            raise ValueError(f"a shard must be complete; {path} has {size} bytes, its header speaks of "
+                             f"{base + max(x['data_offsets'][1] for x in header.values())}")
+        if last - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"a tensor's bytes must fit its shape; {name} in {path}: {shape}, "
+                             f"{last - first} bytes")
+        found[name] = Tensor(path, dtype, shape, base + first)
+    return found
+
+
+def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
+    """Returns {name: Tensor} of a checkpoint folder, sharded or not.
+
+    Raises:
+      ValueError: no weights, missing shards, or tensors that are not where the index says; all listed.
+    """
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise ValueError(f"a checkpoint folder must hold {SINGLE} or {INDEX}; got {folder}")
+        return open_file(folder / SINGLE)
+    try:
+        where = json.loads((folder / INDEX).read_text())["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{INDEX} must be JSON with a weight_map; {folder}: {error!r}") from error
+    files = sorted(set(where.values()))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(f"every shard of the index must be there; {folder} lacks {', '.join(missing)}")
+    shards = {file: open_file(folder / file) for file in files}
+    absent = [f"{name} in {file}" for name, file in where.items() if name not in shards[file]]
+    if absent:
+        raise ValueError(f"shards must hold what the index says; {folder} lacks {', '.join(absent)}")
+    extra = [f"{name} in {file}" for file, tensors in shards.items()
+             for name in tensors if where.get(name) != file]
+    if extra:
+        raise ValueError(f"the index must name every tensor; {folder} also has {', '.join(extra)}")
+    return {name: shards[file][name] for name, file in where.items()}
+
+
+class Pending(NamedTuple):
+    """A tensor to be written; `make` returns its values when their turn comes."""
+    name: str
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+def _write_file(path: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype) -> None:
+    code = next(code for code, known in DTYPES.items() if known == dtype)
+    header: dict = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape, _ in tensors:
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data start at a multiple of 8 bytes
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, shape, make in tensors:
+            values = np.ascontiguousarray(make(), dtype)
+            assert values.shape == tuple(shape), (name, values.shape, shape)
+            file.write(memoryview(values.reshape(-1).view(np.uint8)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_folder(folder: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype,
+                 max_shard_bytes: float) -> None:
+    """Writes the tensors into as many shards as needed, in order, one at a time, and the index.
+
+    One shard gets no index, as transformers does. A tensor larger than the limit gets its own shard.
+    """
+    shards: list[list[Pending]] = []
+    room = 0.0
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * dtype.itemsize
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(tensor)
+        room -= size
+    if len(shards) == 1:
+        _write_file(folder / SINGLE, shards[0], dtype)
+        return
+    where = {}
+    for number, shard in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        _write_file(folder / file, shard, dtype)
+        where |= {tensor.name: file for tensor in shard}
+    total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))

@@ -1,0 +1,258 @@
+"""Which Hugging Face tensor holds which of our parameters: one table, read forwards and backwards.
+
+A rule says that some of our parameters, turned into torch's layout and laid one under the other, hold the
+same rows as some tensors laid one under the other. So `[q, k, v]` against one fused tensor, one against
+one, and two embedding tables against one joint table are the same statement. Names come in spellings:
+
+    legacy   the released checkpoints, the remote code and vLLM; what we write
+    native   transformers' own `molmo2` model, `save_pretrained(save_original_format=False)`
+
+and, for a single tower as the start of a training, "qwen3", "olmo3" and "siglip2".
+
+Source: reference: olmo/hf_model/convert_molmo2_to_hf.py, scripts/prepare_pretrained_model.py;
+transformers: conversion_mapping.py.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from molmo2_jax import config as config_lib
+from molmo2_jax import types
+from molmo2_jax.model import molmo2
+
+# linear: [in, *out] against [out, in]. merge: [heads, head_dim, out] against [out, in]. vector: flattened.
+# table: as it is. convolution: [rows x columns x colours, out] against [out, colours, rows, columns].
+Layout = Literal["linear", "merge", "vector", "table", "convolution"]
+Spelling = Literal["legacy", "native", "qwen3", "olmo3", "siglip2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Parameters (paths from the root of the tree) and the tensors with the same rows.
+
+    `tower` names the stack whose layer number stands for "{}" in the names; our parameters of a stack
+    hold all its layers along axis 0.
+    """
+    ours: tuple[str, ...]
+    legacy: tuple[str, ...]
+    native: tuple[str, ...]
+    layout: Layout
+    tower: Literal["text", "vision"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A rule at one layer: `paths` (at index `layer` of their stack) hold the rows of `tensors`."""
+    paths: tuple[str, ...]
+    tensors: tuple[str, ...]
+    layout: Layout
+    layer: int | None
+
+
+def _text(ours: str, legacy: str, native: str, layout: Layout) -> Rule:
+    """A rule of a decoder layer; several names are separated by spaces."""
+    return Rule(tuple(f"text/layers/{x}" for x in ours.split()),
+                tuple(f"model.transformer.blocks.{{}}.{x}.weight" for x in legacy.split()),
+                tuple(f"model.language_model.layers.{{}}.{x}.weight" for x in native.split()), layout, "text")
+
+
+def _vision(ours: str, legacy: str, native: str, layout: Layout) -> list[Rule]:
+    """The weight and the bias of a ViT layer's linear or norm."""
+    weight = "scale" if layout == "vector" else "kernel"
+    return [Rule((f"vision/layers/{ours}/{mine}",),
+                 (f"model.vision_backbone.image_vit.transformer.resblocks.{{}}.{legacy}.{theirs}",),
+                 (f"model.vision_tower.layers.{{}}.{native}.{theirs}",), shape, "vision")
+            for mine, theirs, shape in ((weight, "weight", layout), ("bias", "bias", "vector"))]
+
+
+def _pooling(letter: str, layout: Layout) -> list[Rule]:
+    return [Rule((f"connector/pool/{letter}/{mine}",),
+                 (f"model.vision_backbone.image_pooling_2d.w{letter}.{theirs}",),
+                 (f"model.multi_modal_projector.image_pooling_2d.{letter}_proj.{theirs}",), shape)
+            for mine, theirs, shape in (("kernel", "weight", layout), ("bias", "bias", "vector"))]
+
+
+def _project(ours: str, legacy: str) -> Rule:
+    return Rule((f"connector/project/{ours}/kernel",),
+                (f"model.vision_backbone.image_projector.{legacy}.weight",),
+                (f"model.multi_modal_projector.image_projector.{ours}_proj.weight",), "linear")
+
+
+EMBEDDING = Rule(("base_embedding", "new_embedding"),
+                 ("model.transformer.wte.embedding", "model.transformer.wte.new_embedding"),
+                 ("model.language_model.embed_tokens.weight",), "table")
+HEAD = Rule(("head",), ("lm_head.weight",), ("lm_head.weight",), "linear")
+FINAL_NORM = Rule(("text/final_norm/scale",), ("model.transformer.ln_f.weight",),
+                  ("model.language_model.norm.weight",), "vector")
+TEXT_LAYER = (
+    _text("attn_norm/scale", "attn_norm", "input_layernorm", "vector"),
+    _text("attn/q/kernel attn/k/kernel attn/v/kernel", "self_attn.att_proj",
+          "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "linear"),
+    _text("attn/q_norm/scale", "self_attn.q_norm", "self_attn.q_norm", "vector"),
+    _text("attn/k_norm/scale", "self_attn.k_norm", "self_attn.k_norm", "vector"),
+    _text("attn/o/kernel", "self_attn.attn_out", "self_attn.o_proj", "merge"),
+    _text("mlp_norm/scale", "ff_norm", "post_attention_layernorm", "vector"),
+    # Up before gate, the reverse of the usual order; swapped, the model still runs.
+    _text("mlp/up/kernel mlp/gate/kernel", "mlp.ff_proj", "mlp.up_proj mlp.gate_proj", "linear"),
+    _text("mlp/down/kernel", "mlp.ff_out", "mlp.down_proj", "linear"),
+)
+PATCH = (
+    Rule(("vision/patch/kernel",), ("model.vision_backbone.image_vit.patch_embedding.weight",),
+         ("model.vision_tower.patch_embedding.weight",), "linear"),
+    Rule(("vision/patch/bias",), ("model.vision_backbone.image_vit.patch_embedding.bias",),
+         ("model.vision_tower.patch_embedding.bias",), "vector"),
+    Rule(("vision/position",), ("model.vision_backbone.image_vit.positional_embedding",),
+         ("model.vision_tower.positional_embedding",), "table"),
+)
+VISION_LAYER = (
+    *_vision("norm1", "attention_norm", "layer_norm1", "vector"),
+    *_vision("q", "attention.wq", "self_attn.q_proj", "linear"),
+    *_vision("k", "attention.wk", "self_attn.k_proj", "linear"),
+    *_vision("v", "attention.wv", "self_attn.v_proj", "linear"),
+    *_vision("o", "attention.wo", "self_attn.o_proj", "merge"),
+    *_vision("norm2", "ffn_norm", "layer_norm2", "vector"),
+    *_vision("fc1", "feed_forward.w1", "mlp.fc1", "linear"),
+    *_vision("fc2", "feed_forward.w2", "mlp.fc2", "linear"),
+)
+CONNECTOR = (*_pooling("q", "linear"), *_pooling("k", "linear"), *_pooling("v", "linear"),
+             *_pooling("o", "merge"), _project("gate", "w1"), _project("up", "w3"), _project("down", "w2"))
+RULES = (EMBEDDING, *TEXT_LAYER, FINAL_NORM, HEAD, *PATCH, *VISION_LAYER, *CONNECTOR)
+
+# OLMo 3 names its norms by where they stand; ours and the native model's act in the same two places.
+_OLMO3_NORMS = {"input_layernorm": "post_attention_layernorm",
+                "post_attention_layernorm": "post_feedforward_layernorm"}
+_SIGLIP2_NAMES = (("model.vision_tower.layers", "vision_model.encoder.layers"),
+                  ("model.vision_tower.patch_embedding", "vision_model.embeddings.patch_embedding"),
+                  ("model.vision_tower.positional_embedding",
+                   "vision_model.embeddings.position_embedding.weight"),
+                  ("self_attn.o_proj", "self_attn.out_proj"))
+
+
+def _respell(rule: Rule, spelling: Spelling) -> Rule | None:
+    """Returns the rule with the names of a tower's own checkpoint as `native`; None if it is not part of it."""
+    if spelling in ("legacy", "native"):
+        return rule
+    is_vision = rule in PATCH or rule in VISION_LAYER
+    if is_vision != (spelling == "siglip2") or rule in CONNECTOR:
+        return None
+    if rule is EMBEDDING:
+        return dataclasses.replace(rule, ours=rule.ours[:1], native=("model.embed_tokens.weight",))
+
+    def name_of(native: str) -> str:
+        if spelling == "siglip2":
+            for old, new in _SIGLIP2_NAMES:
+                native = native.replace(old, new)
+            return native
+        if spelling == "olmo3":
+            parts = native.split(".")
+            native = ".".join(_OLMO3_NORMS.get(part, part) for part in parts)
+        return native.replace("model.language_model.", "model.")
+
+    patch = spelling == "siglip2" and rule.ours == ("vision/patch/kernel",)
+    return dataclasses.replace(rule, native=tuple(map(name_of, rule.native)),
+                               layout="convolution" if patch else rule.layout)
+
+
+def entries(config: config_lib.Molmo2Config, spelling: Spelling) -> Iterator[Entry]:
+    """Yields the table for a model, layer by layer, each parameter and each tensor once.
+
+    A tied head is an entry of its own that names the base table once more. ViT layers behind the last tap
+    have parameters but no entry in the legacy spelling: its readers do not create them.
+    """
+    depth = {"text": config.text.num_layers, "vision": config.vision.num_layers}
+    if spelling == "legacy":
+        depth["vision"] = max(config.connector.taps) + 1
+    for group in ((EMBEDDING,), TEXT_LAYER, (FINAL_NORM, HEAD, *PATCH), VISION_LAYER, CONNECTOR):
+        rules = [respelt for rule in group if (respelt := _respell(rule, spelling))]
+        for layer in range(depth[group[0].tower]) if group[0].tower else (None,):
+            for rule in rules:
+                paths, layout = rule.ours, rule.layout
+                if rule.ours == HEAD.ours and config.text.tied_head:
+                    if spelling in ("qwen3", "olmo3"):
+                        continue  # a tied checkpoint of a decoder has no head
+                    paths, layout = ("base_embedding",), "table"
+                names = rule.legacy if spelling == "legacy" else rule.native
+                yield Entry(paths, tuple(name.format(layer) for name in names), layout, layer)
+
+
+def abstract_params(config: config_lib.Molmo2Config, boxed: bool = False) -> dict[str, Any]:
+    """Returns {path: jax.ShapeDtypeStruct} of the model's parameters; nothing is computed.
+
+    With `boxed`, values are flax's boxes around them, whose `names` are the logical axes.
+    """
+    v = config.vision
+    tokens = np.zeros((1, 1), np.int32)
+    batch = types.Batch(
+        *[tokens] * 9, patches=np.zeros((1, 1, v.num_patches, v.patch_values), np.uint8),
+        pooled=np.zeros((1, 1, math.prod(config.connector.video_window)), np.int32))
+    model = molmo2.Molmo2(config, attention="dense")
+    tree = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+    is_box = lambda x: hasattr(x, "names")
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
+    return {"/".join(key.key for key in keys): leaf if boxed or not is_box(leaf) else leaf.value
+            for keys, leaf in flat}
+
+
+def rows(shape: tuple[int, ...], layout: Layout) -> int:
+    """Returns how many rows of torch's layout a parameter of `shape` (one layer) takes."""
+    if layout in ("linear", "convolution"):
+        return math.prod(shape[1:])
+    return {"merge": shape[-1], "vector": math.prod(shape), "table": shape[0]}[layout]
+
+
+def torch_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """Returns the shape of one layer's parameter in torch's layout."""
+    count = rows(shape, layout)
+    if layout == "convolution":
+        side = math.isqrt(shape[0] // 3)
+        return (count, 3, side, side)
+    return (count,) if layout == "vector" else (count, math.prod(shape) // count)
+
+
+def to_torch(x, layout: Layout) -> np.ndarray:
+    """Returns one layer's parameter as torch stores it."""
+    x = np.asarray(x)
+    shape = torch_shape(x.shape, layout)
+    if layout == "convolution":
+        return x.reshape(*shape[2:], 3, shape[0]).transpose(3, 2, 0, 1)
+    if layout in ("linear", "merge"):
+        return x.reshape(shape[1], shape[0]).T
+    return x.reshape(shape)
+
+
+def from_torch(x: np.ndarray, shape: tuple[int, ...], layout: Layout) -> np.ndarray:
+    """Returns torch's rows as a parameter of `shape` (one layer); the inverse of `to_torch`."""
+    if layout == "convolution":
+        x = x.transpose(2, 3, 1, 0)
+    elif layout in ("linear", "merge"):
+        x = x.T
+    return x.reshape(shape)
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested parameter tree of {path: array}."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns {path: array} of a nested parameter tree; flax boxes are opened."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = getattr(value, "value", value) if hasattr(value, "names") else value
+    return flat
