@@ -71,6 +71,8 @@ install() {
   if compgen -G "$VENV/installed-$extra*" >/dev/null; then
     echo "== the environment $VENV is up to date"
   else
+    "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null ||
+      fail "$VENV has no pip; remove that folder and run this again"
     step "installing the package and its dependencies into $VENV (takes a minute or two)" \
       "$PYTHON" -m pip install --quiet --disable-pip-version-check \
       --editable "$ROOT${extra:+[$extra]}"

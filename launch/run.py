@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import gin
 from gin import config_parser
 
+import data_pipelines.pipeline
 import molmo2_jax.optim
 from launch import field_types
 from molmo2_jax import config
@@ -26,6 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # The names that bindings given on the command line may use.
 _HEADER = """from __gin__ import dynamic_registration
+from data_pipelines import pipeline
 from launch import run
 from molmo2_jax import config
 from molmo2_jax import optim
@@ -37,6 +39,8 @@ class RunConfig:
     """Everything that decides what a command computes; parts it does not need may be None."""
     model: config.Molmo2Config
     inputs: config.InputConfig = config.InputConfig()
+    tokenizer: str | None = None   # path of a tokenizer.json
+    data: data_pipelines.pipeline.DataConfig | None = None
     optim: molmo2_jax.optim.OptimConfig | None = None
 
 

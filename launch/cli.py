@@ -1,0 +1,107 @@
+"""What all mains share: flags that describe a run, and mistakes answered by one sentence."""
+
+import functools
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app
+from absl import flags
+
+from launch import record
+from launch import run
+
+_GIN_FILE = flags.DEFINE_multi_string(
+    "gin_file", [], "File that describes the run, relative to the root of the repository; may be "
+    "repeated, later ones win. Default: the config.gin of --workdir.")
+_GIN = flags.DEFINE_multi_string(
+    "gin", [], "One binding that wins over the files, such as "
+    "--gin='config.ConnectorConfig.video_window = (4, 4)'; may be repeated.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run: checkpoints, metrics and config.gin.")
+_TRACEBACK = flags.DEFINE_bool(
+    "traceback", False, "Show where in the code a mistake was noticed.")
+
+USER_ERROR = 2    # exit status for what a user can correct
+INTERRUPTED = 130
+
+
+def start(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
+    """Parses the flags and calls main with what is left of the command line; never returns."""
+    app.run(functools.partial(_guarded, main), argv=argv, flags_parser=_parse)
+
+
+def workdir() -> pathlib.Path:
+    """Returns --workdir. Raises ValueError if it was not given."""
+    if not _WORKDIR.value:
+        raise ValueError("--workdir must name the folder of the run")
+    return pathlib.Path(_WORKDIR.value)
+
+
+def resolve(*needed: str) -> run.RunConfig:
+    """Returns the RunConfig of the flags, which has all the `needed` parts.
+
+    Raises:
+      ValueError: as run.resolve; or no gin file is known; or a needed part is None.
+    """
+    gin_files = list(map(_located, _GIN_FILE.value))
+    if not gin_files:
+        saved = workdir().resolve() / record.NAME
+        if not saved.is_file():
+            raise ValueError(f"--gin_file must be given, or --workdir hold a {record.NAME}; "
+                             f"got {saved.parent}")
+        gin_files = [saved]
+    run_config = run.resolve(gin_files, _GIN.value)
+    missing = [name for name in needed if getattr(run_config, name) is None]
+    if missing:
+        names = ", ".join(f"run.RunConfig.{name}" for name in missing)
+        raise ValueError(f"this command needs bindings for {names}; the files of gin_configs/runs "
+                         f"have them; got {', '.join(map(str, gin_files))}")
+    return run_config
+
+
+def no_arguments(arguments: list[str]) -> None:
+    """Raises ValueError if the command line has more than flags."""
+    if arguments:
+        raise ValueError(f"this command takes flags only (--help lists them); got {arguments}")
+
+
+def _located(path: str) -> pathlib.Path:
+    """Returns the path of a gin file: below the root of the repository, else the current folder."""
+    return run.ROOT / path if (run.ROOT / path).exists() else pathlib.Path(path).absolute()
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _fail(error)
+    except SystemExit:  # absl exits with 1 after printing the help that was asked for
+        sys.exit(0)
+
+
+def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    try:
+        main(argv[1:])
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except (ValueError, OSError) as error:
+        if _TRACEBACK.value or not _is_users_mistake(error):
+            raise
+        _fail(error)
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    """Returns whether our own code refused something, or the system a file."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
+    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return any(raised_in.is_relative_to(run.ROOT / package)
+               for package in ("molmo2_jax", "data_pipelines", "launch"))
+
+
+def _fail(error: Exception) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(USER_ERROR)

@@ -1,0 +1,120 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from launch import cli
+from launch import record
+from launch import run
+from molmo2_jax import config
+
+NANO = "gin_configs/models/nano.gin"
+
+
+@pytest.fixture(autouse=True)
+def flags_as_before():
+    with flagsaver.flagsaver():
+        yield
+    flags.FLAGS.mark_as_parsed()
+
+
+def start(main, *arguments):
+    """Returns the exit status of a main started with these arguments."""
+    with pytest.raises(SystemExit) as caught:
+        cli.start(main, ["command", *arguments])
+    return caught.value.code
+
+
+def refused(capsys, main, *arguments):
+    """Returns the one line that a main started with these arguments prints before it ends with 2."""
+    assert start(main, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_main_gets_what_the_flags_leave_and_ends_with_zero():
+    seen = []
+    assert start(lambda arguments: seen.extend(arguments), "a", "--workdir=w", "b") in (None, 0)
+    assert seen == ["a", "b"]
+
+
+def test_unknown_flags_are_one_sentence(capsys):
+    assert "wokdir" in refused(capsys, cli.no_arguments, "--wokdir=3")
+
+
+def test_left_over_arguments_are_one_sentence(capsys):
+    assert "takes flags only" in refused(capsys, cli.no_arguments, "--workdir=w", "extra")
+
+
+def test_a_missing_file_is_one_sentence(capsys, tmp_path):
+    assert "nothing.mp4" in refused(capsys, lambda _: open(tmp_path / "nothing.mp4"))
+
+
+def test_a_rule_broken_in_our_own_code_is_one_sentence(capsys):
+    assert "window must be at least" in refused(
+        capsys, lambda _: config.ConnectorConfig(video_window=(0, 1)))
+
+
+def test_errors_of_other_code_keep_their_traceback():
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.start(lambda _: int("x"), ["command"])
+
+
+def test_traceback_can_be_asked_for():
+    with pytest.raises(ValueError, match="window must be at least"):
+        cli.start(lambda _: config.ConnectorConfig(video_window=(0, 1)), ["command", "--traceback"])
+
+
+def test_an_interrupt_ends_quietly():
+    def interrupted(_):
+        raise KeyboardInterrupt
+    assert start(interrupted) == cli.INTERRUPTED
+
+
+def test_flags_resolve_to_a_run_config():
+    seen = []
+    assert not start(lambda _: seen.append(cli.resolve("model")), f"--gin_file={NANO}",
+                     "--gin=config.TextConfig.num_layers = 2", "--gin=config.TextConfig.width = 96")
+    assert (seen[0].model.text.num_layers, seen[0].model.text.width) == (2, 96)
+
+
+def test_the_saved_configuration_of_the_workdir_is_the_default(tmp_path):
+    saved = run.resolve([NANO], ["config.TextConfig.num_layers = 2"])
+    record.save(tmp_path, record.gin_text(saved))
+    seen = []
+    assert not start(lambda _: seen.append(cli.resolve()), f"--workdir={tmp_path}")
+    assert seen == [saved]
+
+
+def test_gin_files_may_lie_below_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.gin").write_text(f"include '{NANO}'\n")
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    assert not start(lambda _: seen.append(cli.resolve()), "--gin_file=mine.gin")
+    assert seen[0].model == config.nano()
+
+
+def test_parts_that_a_command_needs_and_the_files_lack_are_named(capsys):
+    message = refused(capsys, lambda _: cli.resolve("model", "data", "optim"), f"--gin_file={NANO}")
+    assert "run.RunConfig.data, run.RunConfig.optim" in message and NANO in message
+
+
+def test_a_run_needs_a_gin_file_or_a_workdir_that_has_one(capsys, tmp_path):
+    assert "--workdir must name" in refused(capsys, lambda _: cli.resolve())
+    assert str(tmp_path) in refused(capsys, lambda _: cli.resolve(), f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "convert", "generate"])
+def test_every_main_explains_itself(name, tmp_path):
+    done = subprocess.run([sys.executable, "-m", f"launch.{name}", "--help"], cwd=tmp_path,
+                          env=os.environ | {"PYTHONPATH": str(run.ROOT)}, capture_output=True,
+                          text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"python -m launch.{name}" in done.stdout
+    defined = pathlib.Path(run.ROOT / "launch" / f"{name}.py").read_text()
+    assert "--traceback" in done.stdout and "cli.start(main)" in defined
