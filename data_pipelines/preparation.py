@@ -1,0 +1,164 @@
+"""One example becomes one Sequence: media, branches, tokens. Training and evaluation both come through here.
+
+What happens to media and text lies in molmo2_jax.inputs, where inference finds it too; here is only the order
+of the steps, and what to do with an example that cannot be used.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines import formats
+from data_pipelines import ledger
+from data_pipelines import order as orders
+from data_pipelines import tasks
+from molmo2_jax import config
+from molmo2_jax import types
+from molmo2_jax.inputs import image
+from molmo2_jax.inputs import sequence as sequences
+from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.inputs import video
+
+FIELDS = tuple(field.name for field in dataclasses.fields(types.Sequence))
+_CAREFUL_SECONDS = 0.3  # a result has left the process by then, even if the next example kills it
+
+
+class Refused(ValueError):
+    """An example that cannot be used; `reason` is one of the ledger's."""
+
+    def __init__(self, reason: str, error: Exception):
+        super().__init__(" ".join(str(error).split()) or type(error).__name__)
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def _refusing(reason: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, OSError, EOFError, MemoryError) as error:
+        raise Refused(reason, error) from error
+
+
+def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.InputConfig,
+            tokenizer: tokenizers.Tokenizer, rng: np.random.Generator, *, train: bool = True,
+            max_tokens: int | None = None, weight: types.LossWeight | float | None = None,
+            high_res_share: float = 0.0, num_templates: int | None = None) -> types.Sequence:
+    """Returns the Sequence of an example; every random choice comes from `rng`.
+
+    Args:
+      train: random wording and layouts; False: those of evaluation.
+      max_tokens: longest sequence; branches beyond it are left out, then the end is cut.
+      weight: takes the place of the branches' LossWeight, or a number that of its scale.
+      high_res_share: probability that a single image is cut into up to high_res_crops tiles.
+      num_templates: wordings of a question that are used; None: all.
+
+    Raises:
+      Refused: (a ValueError) the media cannot be read, an annotation does not fit them, or the visual
+        tokens or every token to learn lie beyond max_tokens.
+    Source: reference: olmo/preprocessing/multimodal_preprocessor.py.
+    """
+    with _refusing(ledger.MEDIA):
+        seen = see(example, model, inputs, tokenizer, rng, high_res_share if train else 0.0)
+    with _refusing(ledger.ANNOTATION):
+        branches = formats.to_branches(example, sizes=seen.sizes, seconds=seen.seconds, rng=rng, train=train,
+                                       num_templates=num_templates)
+        branches = [_weighted(branch, weight) for branch in branches]
+        result = sequences.build(seen.crops, branches, tokenizer, max_tokens=max_tokens)
+    with _refusing(ledger.SIZE):
+        return result if max_tokens is None else sequences.truncate(result, max_tokens)
+
+
+class Seen(NamedTuple):
+    """Media as the model will see them, and what annotations are relative to."""
+    crops: types.Crops | None            # None: text only
+    sizes: tuple[tuple[int, int], ...]   # (width, height) in pixels of the video or of each image
+    seconds: np.ndarray | None           # float64[N] of the frames
+
+
+def see(example: types.Example, model: config.Molmo2Config, inputs: config.InputConfig,
+        tokenizer: tokenizers.Tokenizer, rng: np.random.Generator | None = None,
+        high_res_share: float = 0.0) -> Seen:
+    """Returns the media of an example as the model will see them; arguments as in `prepare`."""
+    if example.video is not None:
+        side = model.vision.image_size
+        frames = video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps,
+                            clip=example.clip, size=(side, side))
+        crops = image.crops_of_frames(frames, model, inputs, tokenizer, example.subtitles)
+        return Seen(crops, ((frames.width, frames.height),), frames.seconds)
+    if example.images:
+        pixels = [image.load(path) for path in example.images]
+        crops = image.crops_of_images(pixels, model, inputs, tokenizer, high_res=high_res_share, rng=rng)
+        return Seen(crops, tuple((one.shape[1], one.shape[0]) for one in pixels), None)
+    return Seen(None, (), None)
+
+
+def _weighted(branch: types.Branch, weight: types.LossWeight | float | None) -> types.Branch:
+    if weight is None:
+        return branch
+    if not isinstance(weight, types.LossWeight):
+        weight = dataclasses.replace(branch.weight, scale=float(weight))
+    return dataclasses.replace(branch, weight=weight)
+
+
+def generator(index: int, epoch: int) -> np.random.Generator:
+    """Returns the generator of an example: its index and epoch alone decide (as in the reference)."""
+    return np.random.Generator(np.random.MT19937(np.random.SeedSequence(index, spawn_key=(epoch,))))
+
+
+def _refused(note: ledger.Note, reason: str, message: str) -> tuple[ledger.Note, None]:
+    return dataclasses.replace(note, reason=reason, message=message), None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preparer:
+    """Maps a number of the stream to (Note, arrays of its Sequence), or (Note, None) where it is skipped.
+
+    Runs in worker processes, so it holds nothing but plain values.
+
+    max_tokens, max_crops, max_visual_tokens: budgets of a row. num_templates: as in `prepare`.
+    killers: (data set, index) that must not be touched again, as they kill the process.
+    careful: numbers among which such an example is suspected: results leave the process one by one.
+    """
+    order: orders.Order
+    examples: tuple[Sequence[types.Example], ...]
+    members: tuple[tasks.Member, ...]
+    model: config.Molmo2Config
+    inputs: config.InputConfig
+    tokenizer: tokenizers.Tokenizer
+    max_tokens: int
+    max_crops: int
+    max_visual_tokens: int
+    num_templates: int | None = None
+    killers: frozenset[tuple[int, int]] = frozenset()
+    careful: range = range(0)
+
+    def __call__(self, number: int) -> tuple[ledger.Note, dict[str, np.ndarray] | None]:
+        dataset, index, epoch = self.order(number)
+        example, member = self.examples[dataset][index], self.members[dataset]
+        note = ledger.Note(number=number, task=member.task, key=example.key,
+                           annotations=len(example.annotations))
+        if (dataset, index) in self.killers:
+            return _refused(note, ledger.WORKER, "reading it ends the process")
+        if number in self.careful:
+            time.sleep(_CAREFUL_SECONDS)
+        try:
+            result = prepare(example, self.model, self.inputs, self.tokenizer, generator(index, epoch),
+                             max_tokens=self.max_tokens, weight=member.weight,
+                             high_res_share=member.high_res_share, num_templates=self.num_templates)
+            with _refusing(ledger.SIZE):
+                self._check_size(result)
+        except Refused as refused:
+            return _refused(note, refused.reason, str(refused))
+        note = dataclasses.replace(note, branches=max(int(result.branch[-1]), 0) + 1,
+                                   is_cut=bool(result.targets[-1] != self.tokenizer.eos_id))
+        return note, {name: getattr(result, name) for name in FIELDS}
+
+    def _check_size(self, sequence: types.Sequence) -> None:
+        for what, used, limit in (("crops", len(sequence.patches), self.max_crops),
+                                  ("visual tokens", len(sequence.pooled), self.max_visual_tokens)):
+            if used > limit:
+                raise ValueError(f"an example must fit a row of {limit} {what}; got {used}")
