@@ -1,6 +1,7 @@
 """The decoder: pre-norm with per-head q/k norm (Qwen3) or post-norm with full-width q/k norm (OLMo 3).
 
-B batch, T positions, S cache slots, L layers, N query heads, K key heads, H head width, D width.
+B batch, T positions, Q answers written at once in a row, S cache slots, L layers, N query heads, K key
+heads, H head width, D width.
 
 Source: reference, olmo/nn/llm.py.
 """
@@ -24,9 +25,9 @@ class Cache(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Where a decode step writes and what it may see."""
-    slot_B: jax.Array       # int32[B], cache slot of this token
-    visible_BS: jax.Array   # bool[B, S], slots to attend to, this token's included
+    """Where a decode step writes and what it may see: one new token for each of Q answers of a row."""
+    slot: jax.Array          # int32[], first of Q cache slots in a row, the same in all rows
+    visible_BQS: jax.Array   # bool[B, Q, S], slots that each token attends to, its own included
 
 
 def rope_variants(config: config_lib.TextConfig):
@@ -40,7 +41,10 @@ def rope_variants(config: config_lib.TextConfig):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention. Returns (output, (k, v)): the new keys and values, or the new cache."""
+    """Grouped-query self-attention. Returns (output, (k, v)): the new keys and values, or the new cache.
+
+    `cache` is (Cache of all layers, number of this layer).
+    """
     config: config_lib.TextConfig
     dtype: str
     implementation: str | None = None
@@ -65,10 +69,12 @@ class Attention(nn.Module):
         if cache is None:
             out = attend.attend(q, k, v, mask, self.implementation)
         else:
-            row = jnp.arange(q.shape[0])
-            k = cache[0].at[row, mask.slot_B].set(k[:, 0].astype(cache[0].dtype))
-            v = cache[1].at[row, mask.slot_B].set(v[:, 0].astype(cache[1].dtype))
-            out = attend.attend_visible(q, k.astype(q.dtype), v.astype(q.dtype), mask.visible_BS[:, None])
+            cache, layer = cache
+            at = (layer, 0, mask.slot, 0, 0)  # in place: the whole cache is carried, not sliced per layer
+            k, v = (jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
+                    for old, new in zip(cache, (k, v)))
+            out = attend.attend_visible(q, k[layer].astype(q.dtype), v[layer].astype(q.dtype),
+                                        mask.visible_BQS)
         out = layers.Linear((c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), 2,
                             init_std=c.init_std, dtype=self.dtype, name="o")(out)
         return out, (k, v)
@@ -103,7 +109,7 @@ class Decoder(nn.Module):
     """[B, T, D] embeddings -> ([B, T, D] hidden states after the final norm, Cache).
 
     Without a cache the mask is a TreeMask and the result's cache holds the keys and values of the T tokens
-    (unused, the compiler drops it). With a cache T is 1 and the mask is a Step.
+    (unused, the compiler drops it). With a cache T is Q and the mask is a Step.
     """
     config: config_lib.TextConfig
     dtype: str = "float32"
@@ -123,12 +129,17 @@ class Decoder(nn.Module):
         stack = layers.stacked_params(
             self, "layers", Block(c, self.dtype, "dense", parent=None), c.num_layers, dot, angle, angle, alone)
 
-        def body(x, per_layer):
-            params, variant, layer_cache, key = per_layer
-            return block.apply({"params": params}, x, cos_VBTh[variant], sin_VBTh[variant], mask, layer_cache,
-                               drop_rate_BT, key)
+        def body(carry, per_layer):
+            x, cache = carry
+            params, variant, layer, key = per_layer
+            layer_cache = None if cache is None else (cache, layer)
+            x, kv = block.apply({"params": params}, x, cos_VBTh[variant], sin_VBTh[variant], mask,
+                                layer_cache, drop_rate_BT, key)
+            return ((x, None), kv) if cache is None else ((x, Cache(*kv)), None)
 
         keys = None if rng is None else jax.random.split(rng, c.num_layers)
-        per_layer = (stack, jnp.asarray(of_layer), cache, keys)
-        x_BTD, kv = layers.run_stack(body, x_BTD, per_layer, self.remat if cache is None else "none")
-        return layers.RMSNorm(c.width, eps=c.norm_eps, name="final_norm")(x_BTD), Cache(*kv)
+        per_layer = (stack, jnp.asarray(of_layer), jnp.arange(c.num_layers), keys)
+        (x_BTD, cache), kv = layers.run_stack(body, (x_BTD, cache), per_layer,
+                                              self.remat if cache is None else "none")
+        kv = Cache(*kv) if cache is None else cache
+        return layers.RMSNorm(c.width, eps=c.norm_eps, name="final_norm")(x_BTD), kv
