@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from molmo2_jax import types
+from molmo2_jax.inputs import prompt
 
 POINT_MODES = ("bare", "point_count", "count_point", "count")
 TRACK_MODES = ("per_frame", "start_end", "single_point")
@@ -192,6 +193,8 @@ def _tracks(annotation, field, media) -> dict:
     _unique([track["id"] for track in tracks], f"{field}.tracks", "id")
     mode, fps = annotation.get("mode", "per_frame"), annotation.get("fps", 2)
     _require(mode in TRACK_MODES, f"{field}.mode", f"must be one of {', '.join(TRACK_MODES)}", mode)
+    _require(mode != "single_point" or len(tracks) == 1, f"{field}.tracks",
+             "must hold exactly one track in mode single_point", len(tracks))
     _require(_is_int(fps) and fps >= 1, f"{field}.fps", "must be an integer >= 1, points per second", fps)
     return {"label": _text(annotation["label"], f"{field}.label"), "tracks": tuple(tracks), "scale": scale,
             "mode": mode, "fps": fps}
@@ -212,6 +215,7 @@ def _track(track, field, media, scale) -> dict:
 
 
 def _count(annotation, field, media) -> dict:
+    _require(media.is_video or media.num_images, field, "of type count must have a video or images", None)
     count = annotation["count"]
     _require(_is_int(count) and count >= 0, f"{field}.count", "must be an integer >= 0", count)
     return {"label": _text(annotation["label"], f"{field}.label"), "count": count}
@@ -356,6 +360,10 @@ def _list(value, field, is_filled: bool) -> list:
 
 def _text(value, field) -> str:
     _require(isinstance(value, str) and value.strip(), field, "must be a text that is not empty", value)
+    try:
+        prompt.refuse_reserved(value)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
     return value
 
 

@@ -201,6 +201,7 @@ def _sample_times(rng, config: WorldConfig) -> tuple[np.ndarray, fractions.Fract
             steps = rng.integers(1, 5, size=len(ticks))
             ticks = np.concatenate([[0], np.cumsum(steps)])
             ticks = ticks[:max(int(np.searchsorted(ticks, wanted * 2 * fps)), 2) + 1]
+            ticks[-1] = ticks[-2] + 2  # the muxer gives the last frame the nominal duration
         rest = float(ticks[-1] * tick) % 0.5
         if rest == 0 or rest >= LAST_FRAME_GAP:
             return ticks, tick, int(rng.integers(config.gop[0], config.gop[1] + 1))

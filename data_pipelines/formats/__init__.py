@@ -1,0 +1,100 @@
+"""Validated annotations -> branches: what the model is asked about a visual input and should answer.
+
+One small function per type of annotation (points.py, tracks.py, questions.py); this file chooses among them,
+sets loss weights and the order of branches.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from data_pipelines.formats import points
+from data_pipelines.formats import questions
+from data_pipelines.formats import tracks
+from data_pipelines.formats import view as views
+from molmo2_jax import types
+
+_ASK: dict[str, Callable[[Mapping, views.View], tuple[str, ...] | None]] = {
+    "points": points.ask_points,
+    "count": points.ask_count,
+    "tracks": tracks.ask_tracks,
+    "qa": questions.ask_qa,
+    "chat": questions.ask_chat,
+    "choice": questions.ask_choice,
+    "caption": questions.ask_caption,
+}
+
+POINTING_WEIGHT = types.LossWeight(scale=0.2, by_length=False, by_branches=False)
+VIDEO_CAPTION_WEIGHT = types.LossWeight(scale=0.1, by_length=False, by_branches=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Formatted:
+    """Branches in the order of the annotations; annotations[i] is the index of the one branch i came from.
+
+    dropped: indices of annotations of which nothing was left at the times shown.
+    """
+    branches: tuple[types.Branch, ...]
+    annotations: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+
+def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Sequence[tuple[int, int]],
+                   rng: np.random.Generator | np.random.RandomState, train: bool,
+                   num_templates: int | None = None) -> Formatted:
+    """Returns the branches of an example and where they came from. The caller shuffles them for training.
+
+    Args:
+      frames_or_sizes: the Frames of a video, or (width, height) in pixels of each image; () for text.
+      rng: draws templates, layouts and selections of images.
+      train: random wording and layouts; else the plain ones.
+      num_templates: use only the first so many templates of each family; None: all.
+
+    Raises:
+      ValueError: naming example and annotation, if a point lies outside its frame, or the declared size is
+        not that of the media.
+    """
+    view = _view(example, frames_or_sizes, rng, train, num_templates)
+    branches, annotations, dropped = [], [], []
+    for number, annotation in enumerate(example.annotations):
+        try:
+            turns = _ASK[annotation["type"]](annotation, view)
+        except ValueError as error:
+            raise ValueError(f"{example.key}: annotations[{number}]: {error}") from error
+        if turns is None:
+            dropped.append(number)
+            continue
+        if "prompt" in annotation:
+            turns = (annotation["prompt"], *turns[1:])
+        branches.append(types.Branch(turns=tuple(turns), weight=_weight(annotation, view)))
+        annotations.append(number)
+    return Formatted(branches=tuple(branches), annotations=tuple(annotations), dropped=tuple(dropped))
+
+
+def to_branches(example: types.Example, **how) -> tuple[types.Branch, ...]:
+    """Returns the branches alone; arguments of format_example."""
+    return format_example(example, **how).branches
+
+
+def _view(example, frames_or_sizes, rng, train, num_templates) -> views.View:
+    is_video = isinstance(frames_or_sizes, types.Frames)
+    sizes = ((frames_or_sizes.width, frames_or_sizes.height),) if is_video else tuple(frames_or_sizes)
+    if is_video != (example.video is not None) or not is_video and len(sizes) != len(example.images):
+        raise ValueError(f"{example.key}: needs the Frames of its video, or one size for each of its "
+                         f"{len(example.images)} images; got {type(frames_or_sizes).__name__} with {sizes}")
+    if num_templates is not None and num_templates < 1:
+        raise ValueError(f"num_templates must be >= 1; got {num_templates}")
+    return views.View(sizes=sizes, seconds=frames_or_sizes.seconds if is_video else None, rng=rng, train=train,
+                      num_templates=num_templates)
+
+
+def _weight(annotation: Mapping, view: views.View) -> types.LossWeight:
+    """Returns the annotation's own loss weight or that of the recipe (paper, section 3.2)."""
+    if "weight" in annotation:
+        return annotation["weight"]
+    if annotation["type"] in ("points", "tracks"):
+        return POINTING_WEIGHT
+    if annotation["type"] == "caption" and view.medium == "video":
+        return VIDEO_CAPTION_WEIGHT
+    return types.LossWeight()

@@ -1,0 +1,89 @@
+"""Questions about places and numbers: points in images and videos, and counts."""
+
+from collections.abc import Mapping
+
+from data_pipelines.formats import templates
+from data_pipelines.formats import view as views
+from molmo2_jax.inputs import points
+from molmo2_jax.inputs import prompt
+
+_FORMS = {  # mode: (templates, templates naming a selection of images, style suffixes)
+    "bare": (templates.POINT, templates.MULTI_POINT, ("pointing", "multi_image_pointing", "video_point")),
+    "point_count": (templates.POINT_COUNT, templates.MULTI_POINT_COUNT,
+                    ("point_count", "multi_image_point_then_count", "video_point_count")),
+    "count_point": (templates.COUNT_POINT, templates.MULTI_COUNT_POINT,
+                    ("count_then_point", "multi_image_count_then_point", "video_count_point")),
+    "count": (templates.COUNT, templates.MULTI_COUNT, ("count", "multi_image_counting", "video_count")),
+}
+ALL_IMAGES = "all images"
+
+
+def ask_points(annotation: Mapping, view: views.View) -> tuple[str, str] | None:
+    """Returns (question, answer) for an annotation of type points; None if a point is at no time shown.
+
+    Raises:
+      ValueError: a point lies outside its frame.
+    """
+    selection = _select_images(annotation, view)
+    groups = {}
+    for point in annotation["points"]:
+        if selection is not None and point["image"] not in selection:
+            continue
+        index = view.shown(point["time"]) if view.seconds is not None else point["image"]
+        if index is None:
+            return None
+        groups.setdefault(index, []).append(views.relative(annotation, point, view.sizes))
+    label = _label(annotation, view)
+    question = _question(annotation["mode"], label, _selection_text(selection, view), view)
+    return question, _answer(annotation["mode"], sorted(groups.items()), label)
+
+
+def ask_count(annotation: Mapping, view: views.View) -> tuple[str, str]:
+    """Returns (question, answer) for an annotation of type count."""
+    label = _label(annotation, view)
+    selection = ALL_IMAGES if view.medium == "images" else None
+    return _question("count", label, selection, view), points.format_count(annotation["count"])
+
+
+def _answer(mode: str, groups, label: str) -> str:
+    if mode == "bare":
+        return points.format_points(groups, label, scale=1)
+    if mode == "point_count":
+        return points.format_point_count(groups, label, scale=1)
+    if mode == "count_point":
+        return points.format_count_point(groups, label, scale=1)
+    return points.format_count(sum(len(group) for _, group in groups))
+
+
+def _question(mode: str, label: str, selection: str | None, view: views.View) -> str:
+    family, multi_family, styles = _FORMS[mode]
+    is_plain = selection == ALL_IMAGES and mode == "bare" and view.train and view.rng.uniform() < 0.5
+    if selection is not None and not is_plain:
+        family = multi_family
+    style = styles[("image", "images", "video").index(view.medium)]
+    text = view.pick(family).format(label=label, medium=view.medium, selection=selection)
+    return prompt.with_prefix(prompt.style_prefix(style), text)
+
+
+def _label(annotation, view: views.View) -> str:
+    """Returns the phrase as the model sees it: lower case for single images, as in the released models."""
+    return annotation["label"].lower() if view.medium == "image" else annotation["label"]
+
+
+def _select_images(annotation, view: views.View) -> set[int] | None:
+    """Returns the numbers of the images asked about; in training often not all of several."""
+    if view.seconds is not None:
+        return None
+    everything = range(1, len(view.sizes) + 1)
+    if not view.train or len(view.sizes) == 1 or "prompt" in annotation or view.rng.uniform() < 0.5:
+        return set(everything)
+    number = 1 + view.below(len(view.sizes))
+    return {int(i) + 1 for i in view.rng.permutation(len(view.sizes))[:number]}
+
+
+def _selection_text(selection: set[int] | None, view: views.View) -> str | None:
+    if selection is None or len(view.sizes) == 1:
+        return None
+    if len(selection) == len(view.sizes):
+        return ALL_IMAGES
+    return ", ".join(f"image_{number}" for number in sorted(selection))

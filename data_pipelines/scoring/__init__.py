@@ -1,0 +1,1 @@
+"""(targets, predictions) -> {name: float}: what an answer is worth. numpy and scipy only."""

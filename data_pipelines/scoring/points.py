@@ -1,0 +1,117 @@
+"""Precision, recall and F1 of pointing in images and videos: a point counts if it falls into a mask.
+
+The clean rule lets every prediction hit the object it falls on, as many one-to-one hits as possible. The
+`_reference` variants first pair predictions with annotated points by distance, then ask for hits; published
+numbers are theirs. The two differ where the nearest pairing is not the best one.
+
+Source: paper, section 4; reference: olmo/eval/evaluators.py.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from data_pipelines import masks
+from data_pipelines.formats import view
+from data_pipelines.scoring import hits
+from molmo2_jax.inputs import points
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PointTarget:
+    """What should be pointed at.
+
+    points: (index, x, y), index an image number or seconds, pixels.
+    masks: per point, bool[H, W] by image number or by seconds rounded to one decimal, as answers write them.
+    sizes: (width, height) of every image, or of the video.
+    duration: of the video's clip in seconds; None for images.
+    """
+    points: tuple[tuple[float, float, float], ...]
+    masks: tuple[Mapping[float, np.ndarray], ...]
+    sizes: tuple[tuple[int, int], ...]
+    duration: float | None = None
+
+
+def target(annotation: Mapping, *, sizes: Sequence[tuple[int, int]], duration: float | None) -> PointTarget:
+    """Returns the target of a validated annotation of type points (data_pipelines.sources).
+
+    Raises:
+      ValueError: a point has no mask, so nobody can tell what hits it.
+    """
+    found, shapes = [], []
+    for point in annotation["points"]:
+        x, y = view.relative(annotation, point, sizes)
+        width, height = sizes[point.get("image", 1) - 1]
+        index = point["time"] if duration is not None else point["image"]
+        found.append((float(index), x * width, y * height))
+        shapes.append({_key(mask["time"] if duration is not None else mask["image"]): masks.decode(mask)
+                       for mask in annotation["masks"] if mask["id"] == point["id"]})
+        if not shapes[-1]:
+            raise ValueError(f"scoring points needs a mask of every object; got none of id {point['id']} "
+                             f"({annotation['label']})")
+    return PointTarget(points=tuple(found), masks=tuple(shapes), sizes=tuple(sizes), duration=duration)
+
+
+def _key(index: float) -> float:
+    return round(float(index), 1)
+
+
+def score(targets: Sequence[PointTarget], answers: Sequence[str]) -> dict[str, float]:
+    """Returns means over all examples of precision, recall, f1, their _reference variants (single images
+    and videos), and valid: the share of answers with at least one point."""
+    return hits.means([score_points(one, read(one, answer))
+                       for one, answer in zip(targets, answers, strict=True)])
+
+
+def read(target: PointTarget, answer: str) -> list[tuple[float, float, float]]:
+    """Returns (index, x, y) of the points in an answer, in pixels."""
+    sizes = target.sizes if target.duration is None else None
+    width, height = (None, None) if sizes else target.sizes[0]
+    return [(point.index, point.x, point.y) for point in points.parse_points(answer, width, height, sizes=sizes)]
+
+
+def score_points(target: PointTarget, predicted: Sequence[tuple[float, float, float]]) -> dict[str, float]:
+    """Returns the scores of one example whose answer has been read."""
+    is_hit = np.array([[_is_hit(target, g, p) for p in predicted] for g in range(len(target.points))], bool)
+    found = hits.most_hits(is_hit) if is_hit.size else 0
+    row = _named(hits.precision_recall_f1(found, len(predicted), len(target.points)), "")
+    if target.duration is not None or len(target.sizes) == 1:
+        row |= _named(reference_scores(target, predicted), "_reference")
+    return row | {"valid": float(len(predicted) > 0)}
+
+
+def _named(scores, suffix: str) -> dict[str, float]:
+    return {name + suffix: value for name, value in zip(("precision", "recall", "f1"), scores, strict=True)}
+
+
+def _is_hit(target: PointTarget, g: int, predicted: tuple[float, float, float]) -> bool:
+    index, x, y = predicted
+    mask = target.masks[g].get(_key(index))
+    if mask is None:
+        return False
+    # 1000 thousandths are the frame's edge, half a pixel beyond the last pixel
+    return hits.inside(mask, min(x, mask.shape[1] - 1), min(y, mask.shape[0] - 1))
+
+
+def reference_scores(target: PointTarget, predicted) -> tuple[float, float, float]:
+    """Returns precision, recall and F1 by the reference's rule: nearest pairs, exact times, F1 with 1e-10."""
+    if not target.points or not predicted:
+        return hits.precision_recall_f1(0, len(predicted), len(target.points))
+    truth, given = (_spread(target, rows) for rows in (target.points, predicted))
+    found = 0
+    for g, p in hits.nearest_pairs(truth, given):
+        index, x, y = predicted[p]
+        found += hits.inside(target.masks[g].get(index), x, y)
+    return hits.precision_recall_f1(found, len(predicted), len(target.points), hits.EPSILON)
+
+
+def _spread(target: PointTarget, rows) -> np.ndarray:
+    """Returns the coordinates in which the reference measures distance: percent for videos, else pixels."""
+    rows = np.asarray(rows, np.float64)
+    if target.duration is None:
+        return rows[:, 1:]
+    width, height = target.sizes[0]
+    percent = [[round(100 * float(value) / size, 1)
+                for value, size in zip(row, (target.duration, width, height), strict=True)] for row in rows]
+    return np.array(percent)
