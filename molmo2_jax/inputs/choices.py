@@ -25,8 +25,8 @@ P_COMMON_MARKER = 0.8
 P_BULLET = 0.5
 
 _COMMON_MARKERS = ("{}. ", "{}) ", "{}: ", "({}) ")
-_UNUSUAL_MARKERS = ("{} - ", "{}- ", "[{}] ", "<{}> ", "{}> ", "{} | ", "{} = ", "{}/ ", "#{} ", "{}; ", "*{}* ",
-                    "{}, ", "{} -> ", "{} ~ ", "'{}' ", "({})", "{} : ", "Option {}: ")
+_UNUSUAL_MARKERS = ("{} - ", "{}- ", "[{}] ", "<{}> ", "{}> ", "{} | ", "{} = ", "{}/ ", "#{} ", "{}; ",
+                    "*{}* ", "{}, ", "{} -> ", "{} ~ ", "'{}' ", "({})", "{} : ", "Option {}: ")
 _BULLETS = ("- ", "* ", "• ")
 _SEPARATORS = (";", " |||", "")
 
@@ -46,10 +46,11 @@ _LABEL_ONLY = (
     "Question: {q}\nOptions:\n{o}\nReturn only the {k}.", "{q}\n{o}\nWhich {k} is correct?",
     "{q}\n{o}\nRespond with a single {k}.", "{q} State only the {k}:\n{o}", "{q}\n\n{o}\n\nCorrect {k}:")
 _PLAIN = (
-    "{q}\n{o}", "{q}\n\n{o}", "{q} {o}", "Question: {q}\n{o}", "Question: {q}\nOptions:\n{o}", "{q}\nOptions:\n{o}",
-    "{q}\nOptions: {o}", "{q}\nChoices:\n{o}", "{q}\nAnswers:\n{o}", "Q: {q}\n{o}", "Q: {q}\nA:\n{o}",
-    "{q}\nPossible answers:\n{o}", "{o}\n{q}", "Options:\n{o}\nQuestion: {q}", "Options:\n{o}\n\n{q}",
-    "{q}\nSelect from:\n{o}", "{q}\n- - -\n{o}", "Question:\n{q}\nOptions:\n{o}", "{q}\n{o}\n")
+    "{q}\n{o}", "{q}\n\n{o}", "{q} {o}", "Question: {q}\n{o}", "Question: {q}\nOptions:\n{o}",
+    "{q}\nOptions:\n{o}", "{q}\nOptions: {o}", "{q}\nChoices:\n{o}", "{q}\nAnswers:\n{o}", "Q: {q}\n{o}",
+    "Q: {q}\nA:\n{o}", "{q}\nPossible answers:\n{o}", "{o}\n{q}", "Options:\n{o}\nQuestion: {q}",
+    "Options:\n{o}\n\n{q}", "{q}\nSelect from:\n{o}", "{q}\n- - -\n{o}",
+    "Question:\n{q}\nOptions:\n{o}", "{q}\n{o}\n")
 
 
 class Shown(NamedTuple):
@@ -93,8 +94,8 @@ def format_training(question: str, options: Sequence[str], answer: int, rng: Rng
                     is_labelled: bool = True) -> Shown:
     """Returns the question in a random layout; its right answer is `.answer(answer)`.
 
-    Every choice is drawn from `rng`, so the layout is a function of it. is_labelled=False: the options must be
-    shown without identifiers, for instance because the picture has its own.
+    Every choice is drawn from `rng`, so the layout is a function of it. is_labelled=False: the options
+    must be shown without identifiers, for instance because the picture has its own.
 
     Raises:
       ValueError: as format_evaluation, or `answer` is not an option.
@@ -124,7 +125,8 @@ def format_training(question: str, options: Sequence[str], answer: int, rng: Rng
     layouts = _LABEL_ONLY if label_only else _WITH_INSTRUCTION if has_instruction else _PLAIN
     layout = _draw(layouts, rng)
     # one pass, so that braces in the texts stay as they are
-    prompt = re.sub(r"\{([qok])\}", lambda hole: {"q": question, "o": listed, "k": kind}[hole.group(1)], layout)
+    texts = {"q": question, "o": listed, "k": kind}
+    prompt = re.sub(r"\{([qok])\}", lambda hole: texts[hole.group(1)], layout)
     return Shown(prompt, lines, names, label_only)
 
 

@@ -1,7 +1,8 @@
 """Which sequences share a row, and the row they make.
 
-Two budgets bind a row: T tokens and M crops; R pooled rows are a third, rarely felt limit. Packing is on-line:
-sequences wait in a small buffer, and each new one lets a knapsack choose a good row among those waiting.
+Two budgets bind a row: T tokens and M crops; R pooled rows are a third, rarely felt limit. Packing is
+on-line: sequences wait in a small buffer, and each new one lets a knapsack choose a good row among those
+waiting.
 
 B rows, T tokens, M crops of P patches of C values, R pooled rows of W patches.
 Source: reference: olmo/data/dynamic_packer.py; the two vectors behind the attention mask are explained in

@@ -3,8 +3,8 @@
     <points coords="GROUP;GROUP;...">LABEL</points>      GROUP = INDEX ID X Y ID X Y ...
     <tracks coords="GROUP;GROUP;...">LABEL</tracks>
 
-INDEX is an image number (from 1) or seconds with one decimal; X and Y are thousandths of width and height. Ids
-of points run through the whole answer, so the last one is the count; ids of tracks name objects.
+INDEX is an image number (from 1) or seconds with one decimal; X and Y are thousandths of width and height.
+Ids of points run through the whole answer, so the last one is the count; ids of tracks name objects.
 
 Source: reference: olmo/preprocessing/point_formatter.py. Deliberate differences: coordinates are always
 clipped to the frame (the reference forgets some), groups are always in ascending order, and a group whose
@@ -92,8 +92,8 @@ def format_points(groups: Sequence[Group], label: str, *, scale=100, separator: 
     """Returns the bare tag, or "There are none.".
 
     groups: (index, points); one image is [(1, points)]. Groups without points are left out.
-    scale: what a coordinate at the right or lower edge is: 100 for percent, (width, height) for pixels, or one
-      such pair per group.
+    scale: what a coordinate at the right or lower edge is: 100 for percent, (width, height) for pixels, or
+      one such pair per group.
 
     Raises:
       ValueError: coordinates or times that are no finite numbers, scale not positive.

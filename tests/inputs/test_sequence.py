@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from molmo2_jax import types
-from molmo2_jax.inputs import prompt, sequence, tokenizer
+from molmo2_jax.inputs import prompt
+from molmo2_jax.inputs import sequence
+from molmo2_jax.inputs import tokenizer
 
 GOLDENS = json.loads((pathlib.Path(__file__).parents[1] / "goldens/message_tree/cases.json").read_text())
 WEIGHTS = {
