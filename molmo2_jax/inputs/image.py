@@ -9,6 +9,7 @@ Source: paper, section 3.1; reference: olmo/preprocessing/multicrop_preprocessor
 olmo/preprocessing/image_preprocessor.py, olmo/preprocessing/video_preprocessor.py.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -17,7 +18,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL import ImageOps
 
 from molmo2_jax import config as configs
 from molmo2_jax import types
@@ -59,16 +61,14 @@ def load(path) -> np.ndarray:
         raise MediaError(f"{path}: an image may have at most {MAX_PIXELS} pixels") from None
     except PIL.UnidentifiedImageError:
         raise MediaError(f"{path}: is not an image of a known format") from None
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, ... on broken files
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, EOFError, ...
         raise MediaError(f"{path}: cannot be decoded as an image: {error}") from error
 
 
 def _upright_rgb(path, image) -> np.ndarray:
     image.load()
-    try:
+    with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
         image = ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        pass
     if image.mode == "F":
         raise MediaError(f"{path}: pixels must be integers; got floating point")
     if image.mode.startswith("I"):
@@ -173,7 +173,10 @@ def _window(config, inputs) -> tuple[int, int]:
 
 
 def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
-    """Returns uint8[M, P, C] of square crops uint8[M, S, S, 3]: patches row-major; inside, row, column, channel."""
+    """Returns uint8[M, P, C] of square crops uint8[M, S, S, 3].
+
+    Patches are row-major; the values of a patch are ordered by row, column, channel.
+    """
     crops, side = pixels.shape[0], pixels.shape[1] // patch
     pixels = pixels.reshape(crops, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
     return pixels.reshape(crops, side * side, patch * patch * 3)
@@ -205,8 +208,9 @@ def pool(ids: np.ndarray, window: tuple[int, int]) -> np.ndarray:
     return ids.reshape(rows * columns, window[0] * window[1]).astype(np.int32)
 
 
-def tiled_ids(tiles: tuple[int, int], config: configs.Molmo2Config, inputs: configs.InputConfig) -> np.ndarray:
-    """Returns int64[rows, columns]: for each patch of the stitched image the one crop patch that shows it.
+def tiled_ids(tiles: tuple[int, int], config: configs.Molmo2Config,
+              inputs: configs.InputConfig) -> np.ndarray:
+    """Returns int64[rows, columns]: for each place in the stitched image the crop patch that shows it.
 
     Where two crops overlap, each gives up its margin towards the other. Ids count from the first tile.
     """
@@ -230,8 +234,9 @@ def tokens_per_frame(config: configs.Molmo2Config) -> int:
     return math.prod(_tokens_across(config.vision.grid, q) for q in config.connector.video_window)
 
 
-def most_crops(inputs: configs.InputConfig, *, images: int = 0, frames: int = 0, high_res: bool = False) -> int:
-    """Returns the most crops that `images` stills and `frames` video frames can take, overviews included."""
+def most_crops(inputs: configs.InputConfig, *, images: int = 0, frames: int = 0,
+               high_res: bool = False) -> int:
+    """Returns the most crops that so many stills and video frames can take, overviews included."""
     return images * (1 + (inputs.high_res_crops if high_res else inputs.max_crops)) + frames
 
 
@@ -264,8 +269,9 @@ def _frozen(array):
 # Crops
 
 
-def crops_of_images(images: Sequence[np.ndarray], config: configs.Molmo2Config, inputs: configs.InputConfig,
-                    tokenizer, *, high_res: float = 0.0, rng: np.random.Generator | None = None) -> types.Crops:
+def crops_of_images(images: Sequence[np.ndarray], config: configs.Molmo2Config,
+                    inputs: configs.InputConfig, tokenizer, *, high_res: float = 0.0,
+                    rng: np.random.Generator | None = None) -> types.Crops:
     """Returns the crops and visual tokens of one or several images uint8[H, W, 3].
 
     Several images are each preceded by the text `Image 1`, `Image 2`, ...; overview and tiles of an image
@@ -307,8 +313,8 @@ def _draw(probability: float, rng) -> bool:
     return probability >= 1 or (probability > 0 and rng.random() < probability)
 
 
-def crops_of_frames(frames: types.Frames, config: configs.Molmo2Config, inputs: configs.InputConfig, tokenizer,
-                    subtitles: str | Sequence[tuple[float, float, str]] = ()) -> types.Crops:
+def crops_of_frames(frames: types.Frames, config: configs.Molmo2Config, inputs: configs.InputConfig,
+                    tokenizer, subtitles: str | Sequence[tuple[float, float, str]] = ()) -> types.Crops:
     """Returns one crop per frame, and the visual tokens of the video, subtitles behind the last frame.
 
     Frames not yet at the crop size are resized. `subtitles` are (start, end, text) in the time base of

@@ -26,6 +26,7 @@ from molmo2_jax.inputs import image
 MediaError = image.MediaError
 MAX_TRACKING_FPS = 10
 EDGE_SECONDS = 1e-6            # requested times stay this far inside the stream
+MAX_FRAME_PIXELS = 2**26       # decoders refuse larger frames; 8K video has half of it
 HELD_BYTES = 16 * 2**20        # smaller files keep their packets in memory between the two passes
 FALLBACK_FPS = fractions.Fraction(25)  # of a single frame that states neither duration nor rate
 # Building swscale's tables costs as much as decoding a small clip; they are kept while the format stays.
@@ -151,18 +152,26 @@ class _Reader:
             self._container = av.open(os.fspath(self.path), metadata_errors="replace")
         except (av.FFmpegError, ValueError, OSError) as error:
             raise MediaError(f"{self.path}: cannot be opened as a video: {_reason(error)}") from error
+        try:
+            self._open_stream()
+        except Exception:
+            self._container.close()
+            raise
+
+    def _open_stream(self):
         streams = [stream for stream in self._container.streams.video
                    if not stream.disposition & Disposition.attached_pic]
         if not streams:
-            self._container.close()
             raise MediaError(f"{self.path}: has no video stream")
-        self.stream = streams[0]
-        self.codec = self.stream.codec_context
+        self.stream, self.codec = streams[0], streams[0].codec_context
         if self.codec is None:
-            self._container.close()
             raise MediaError(f"{self.path}: its video codec is unknown")
         self.codec.thread_count = 1
-        self.codec.open(strict=False)  # before skip_frame is ever set: some decoders read it only here
+        self.codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        try:  # before skip_frame is ever set: some decoders read it only here
+            self.codec.open(strict=False)
+        except av.FFmpegError as error:
+            raise MediaError(f"{self.path}: cannot be decoded: {_reason(error)}") from error
 
     def __exit__(self, kind, error, trace):
         self.held = None
@@ -177,13 +186,19 @@ class _Reader:
             return
         self._container.close()
         self._open()
-        yield from (packet for packet in self._container.demux(self.stream) if packet.size)
+        yield from self._demux()
+
+    def _demux(self) -> Iterator[av.Packet]:
+        try:
+            for packet in self._container.demux(self.stream):
+                if packet.size:
+                    yield packet
+        except IndexError as error:  # PyAV's, when a damaged file brings up streams it had not announced
+            raise MediaError(f"{self.path}: cannot be decoded: its streams change") from error
 
     def index(self) -> VideoIndex:
         rows, held, size = [], [], 0
-        for packet in self._container.demux(self.stream):
-            if not packet.size:
-                continue
+        for packet in self._demux():
             rows.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard))
             size += packet.size
             if size <= HELD_BYTES:
@@ -205,19 +220,20 @@ def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
     packets = np.array([place for place, row in enumerate(rows) if not row[3]], np.int64)
     if not len(packets):
         raise ValueError("has a video stream without frames")
-    if any(row[0] is None for row in rows):  # elementary streams
+    if unit is None or any(row[0] is None for row in rows):  # elementary streams
         ticks, unit, timed, last = np.arange(len(packets)), 1 / (rate or FALLBACK_FPS), False, 1
     else:
         ticks, first = np.unique([rows[place][0] for place in packets], return_index=True)
         packets = packets[first]
-        last = rows[packets[-1]][1]
+        last = rows[packets[-1]][1] or 0
         # AVI stores the order of decoding only; FFmpeg's guess at the order of display can be wrong.
         timed = stream.container.format.name != "avi" or not stream.codec_context.has_b_frames
     keys = [place for place, row in enumerate(rows) if row[2]] if timed else []
-    seconds = ticks * unit.numerator / unit.denominator
-    end = (ticks[-1] + last) * unit.numerator / unit.denominator if last else (
+    seconds = ticks.astype(np.float64) * unit.numerator / unit.denominator
+    begin, end = float(seconds[0]), float((ticks[-1] + last) * unit) if last > 0 else float(
         seconds[-1] + float(1 / (rate or FALLBACK_FPS)))
-    begin, end = float(seconds[0]), float(end)
+    if not begin < end:
+        raise ValueError(f"has impossible time stamps: {begin} .. {end} seconds")
     stated, counted = float(rate or 0), len(ticks) / (end - begin)
     return VideoIndex(
         seconds=seconds, ticks=ticks, packets=packets, timed=timed, begin=begin, end=end,

@@ -139,7 +139,8 @@ def test_resizing_keeps_flat_colours_and_the_own_size():
     assert (image.resize(flat, 378, 99) == (255, 0, 7)).all()
     pixels = noise(20, 30)
     np.testing.assert_array_equal(image.resize(pixels, 20, 30), pixels)
-    np.testing.assert_array_equal(image.resize(pixels[:, ::-1], 9, 9), image.resize(pixels[:, ::-1].copy(), 9, 9))
+    mirrored = pixels[:, ::-1]
+    np.testing.assert_array_equal(image.resize(mirrored, 9, 9), image.resize(mirrored.copy(), 9, 9))
     with pytest.raises(ValueError, match="at least 1 x 1"):
         image.resize(pixels, 0, 5)
 
@@ -179,7 +180,8 @@ def test_nano_images_of_any_shape_become_crops_within_their_bound(size, max_crop
     seen = crops.tokens == NANO.special_id("<im_patch>")
     assert seen.sum() == len(crops.pooled) and crops.pooled.shape[1] == 4
     assert crops.pooled.max() < crops.patches.shape[0] * 144 and crops.pooled.min() >= -1
-    assert (crops.image == 0).all() and crops.pooled.dtype == crops.tokens.dtype == crops.image.dtype == np.int32
+    assert (crops.image == 0).all()
+    assert crops.pooled.dtype == crops.tokens.dtype == crops.image.dtype == np.int32
 
 
 def test_frames_and_images_are_numbered_at_visual_tokens_only():
@@ -220,7 +222,8 @@ def test_frames_of_another_size_are_resized_to_the_crop():
 def test_the_high_resolution_draw_follows_its_probability():
     pixels = [noise(640, 640)]
     inputs = dataclasses.replace(NANO_INPUTS, max_crops=2, high_res_crops=9)
-    few, many = (len(image.crops_of_images(pixels, NANO, inputs, NANO_TOKENS, high_res=p).patches) for p in (0, 1))
+    few, many = (len(image.crops_of_images(pixels, NANO, inputs, NANO_TOKENS, high_res=p).patches)
+                 for p in (0, 1))
     assert few < many <= image.most_crops(inputs, images=1, high_res=True)
     rng = np.random.default_rng(0)
     drawn = [len(image.crops_of_images(pixels, NANO, inputs, NANO_TOKENS, high_res=0.3, rng=rng).patches)
@@ -266,7 +269,8 @@ def test_every_kind_of_file_loads_as_upright_rgb(tmp_path):
     alpha.putalpha(PIL.Image.fromarray(noise(8, 12)[:, :, 0]))
     np.testing.assert_array_equal(image.load(saved(tmp_path / "alpha.png", alpha)), pixels)
     few = PIL.Image.fromarray(pixels // 128 * 255).quantize(8)
-    np.testing.assert_array_equal(image.load(saved(tmp_path / "palette.png", few)), np.array(few.convert("RGB")))
+    palette = image.load(saved(tmp_path / "palette.png", few))
+    np.testing.assert_array_equal(palette, np.array(few.convert("RGB")))
     grey = image.load(saved(tmp_path / "grey.png", rgb.convert("L")))
     np.testing.assert_array_equal(grey, np.array(rgb.convert("L"))[:, :, None].repeat(3, 2))
     bits = image.load(saved(tmp_path / "bits.png", rgb.convert("1")))

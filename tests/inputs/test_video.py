@@ -8,7 +8,8 @@ import av
 import numpy as np
 import pytest
 
-from molmo2_jax.inputs import image, video
+from molmo2_jax.inputs import image
+from molmo2_jax.inputs import video
 
 GOLDENS = json.loads((pathlib.Path(__file__).parents[1] / "goldens/frame_sampling/cases.json").read_text())
 MATCH = 1e-9   # seconds; times of the goldens are printed in full
@@ -338,7 +339,7 @@ def test_damaged_films_give_frames_or_a_named_error(film, tmp_path, capfd):
     contents = film.read_bytes()
     rng = np.random.default_rng(1)
     outcomes = {"frames": 0, "error": 0}
-    for trial in range(60):
+    for _ in range(60):
         damaged = bytearray(contents)
         for place in rng.integers(0, len(contents), rng.integers(1, 30)):
             damaged[place] = rng.integers(256)
