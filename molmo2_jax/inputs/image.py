@@ -96,6 +96,7 @@ def resize(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
     height, width, channels = pixels.shape
     pixels = np.ascontiguousarray(pixels).reshape(height, width * channels)
     top, bottom, *row_weights = _taps(height, rows, 1)
+    left, right, *column_weights = _taps(width, columns, channels)
     out = np.empty((rows, columns * channels), np.uint8)
     step = max(1, RESIZE_BLOCK // (columns * channels))
     for start in range(0, rows, step):
@@ -106,7 +107,6 @@ def resize(pixels: np.ndarray, rows: int, columns: int) -> np.ndarray:
         else:  # shrinking by more than two: most lines are never looked at
             lines = pixels[np.concatenate((top[block], bottom[block]))]
             above, below = slice(None, len(lines) // 2), slice(len(lines) // 2, None)
-        left, right, *column_weights = _taps(width, columns, channels)
         lines = _blend(lines.take(left, axis=1), lines.take(right, axis=1), *column_weights)
         mixed = _blend(lines[above], lines[below], *(w[block, None] for w in row_weights))
         out[block] = np.rint(mixed, out=mixed)  # a mean of values in 0 .. 255, so nothing to clip

@@ -7,6 +7,7 @@ import pathlib
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
 from molmo2_jax.inputs import image
 from molmo2_jax.inputs import video
@@ -272,9 +273,14 @@ def test_a_film_of_one_frame_is_shown_at_its_start_and_end(tmp_path):
 # Broken files
 
 
-def audio_only(path):
+def audio_only(path, cover=False):
     with av.open(str(path), "w") as out:
         stream = out.add_stream("aac", rate=16000)
+        if cover:
+            picture = out.add_stream("png", rate=1)
+            picture.width, picture.height, picture.pix_fmt = 64, 32, "rgb24"
+            picture.disposition = Disposition.attached_pic
+            out.mux(picture.encode(av.VideoFrame.from_ndarray(numbered(1), format="rgb24")))
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16000
         for packet in [*stream.encode(frame), *stream.encode(None)]:
@@ -311,6 +317,8 @@ def test_broken_files_are_named_with_the_reason(film, tmp_path, capfd):
             video.read(tmp_path / name, max_frames=8)
     with pytest.raises(video.MediaError, match="sound.m4a: has no video stream"):
         video.read(audio_only(tmp_path / "sound.m4a"), max_frames=8)
+    with pytest.raises(video.MediaError, match="covered.mp4: has no video stream"):
+        video.read(audio_only(tmp_path / "covered.mp4", cover=True), max_frames=8)
     with pytest.raises(video.MediaError, match="hollow.mp4: "):
         video.read(no_frames(tmp_path / "hollow.mp4"), max_frames=8)
     with pytest.raises(video.MediaError, match="there is no such file"):
