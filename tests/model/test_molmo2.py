@@ -1,0 +1,124 @@
+"""Packing and trees change nothing: every branch and every example has the logits it has alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from molmo2_jax.inputs import packing
+from molmo2_jax.model import molmo2
+from tests import packs
+
+TOLERANCE = 1e-5  # float32; measured 3e-6 on logits of size 4
+T, M, R = 128, 16, 64
+
+
+def run(config, batch, attention=None):
+    model = molmo2.Molmo2(config, remat="none", attention=attention)
+    apply = jax.jit(model.apply)
+    return np.asarray(apply({"params": packs.random_params(config)}, batch))
+
+
+def only(sequence, branch):
+    """The root and one branch of a message tree."""
+    kept = (sequence.branch < 0) | (sequence.branch == branch)
+    per_token = {name: getattr(sequence, name)[kept]
+                 for name in ("tokens", "targets", "weights", "positions", "image")}
+    return dataclasses.replace(sequence, **per_token, branch=np.minimum(sequence.branch[kept], 0))
+
+
+@pytest.mark.parametrize("style", ["qwen3", "olmo"])
+def test_a_branch_has_the_logits_it_has_alone_with_the_root(style):
+    config = packs.random_config(style, 0)
+    rng = np.random.default_rng(0)
+    tree = packs.sequence(rng, config, packs.video(rng, config, 4), (5, 9, 3, 7, 1))
+    rows = [packs.row([s], config, T, M, R) for s in [tree] + [only(tree, n) for n in range(5)]]
+    together, *alone = run(config, packing.stack(rows))
+    root = int((tree.branch < 0).sum())
+    for number, logits in enumerate(alone):
+        here = np.flatnonzero(tree.branch == number)
+        np.testing.assert_allclose(together[:root], logits[:root], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(together[here], logits[root:root + len(here)], atol=TOLERANCE, rtol=0)
+    assert together[:root + 20].std() > 0.3
+
+
+@pytest.mark.parametrize("style", ["qwen3", "olmo"])
+def test_a_packed_example_has_the_logits_it_has_alone(style):
+    config = packs.random_config(style, 1)
+    rng = np.random.default_rng(0)
+    examples = [packs.sequence(rng, config, packs.images(rng, config, 1), (6,)),
+                packs.sequence(rng, config, None, (9, 4)),
+                packs.sequence(rng, config, packs.video(rng, config, 5), (3, 8)),
+                packs.sequence(rng, config, packs.images(rng, config, 2, num_tiles=1), (4,))]
+    length = sum(len(one.tokens) for one in examples)
+    rows = [packs.row(group, config, max(T, length), M, R) for group in (examples, *([e] for e in examples))]
+    together, *alone = run(config, packing.stack(rows))
+    first = 0
+    for one, logits in zip(examples, alone):
+        here = slice(first, first + len(one.tokens))
+        np.testing.assert_allclose(together[here], logits[:len(one.tokens)], atol=TOLERANCE, rtol=0)
+        first = here.stop
+
+
+def test_blocked_and_dense_attention_give_the_same_model():
+    config = packs.random_config("olmo", 2)
+    batch = packs.random_rows(0, config, 2, T)
+    valid = batch.example >= 0
+    np.testing.assert_allclose(run(config, batch, "blocked")[valid], run(config, batch, "dense")[valid],
+                               atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize(("setting", "changes_first"), [
+    ("image_tokens", True), ("within_image", False), ("causal", False)])
+def test_later_frames_change_earlier_ones_only_where_the_setting_says_so(setting, changes_first):
+    config = dataclasses.replace(packs.random_config("qwen3", 0), visual_attention=setting)
+    rng = np.random.default_rng(0)
+    base = packs.row([packs.sequence(rng, config, packs.video(rng, config, 3), (4,))], config, 32, 3, 6)
+    other = base._replace(patches=base.patches.copy())
+    other.patches[0, 2] += 90
+    before, after = run(config, packing.stack([base, other]), "dense")
+    frames = base.image[0]
+    assert (np.abs(before - after)[frames == 0].max() > 1e-3) == changes_first
+    assert np.abs(before - after)[frames == 2].max() > 1e-3
+    text = np.flatnonzero((frames < 0) & (base.example[0] >= 0))
+    assert np.abs(before - after)[text[:3]].max() == 0  # BOS and the first time text precede every frame
+
+
+def test_a_time_text_reaches_its_own_frame_but_no_earlier_one():
+    config = packs.random_config("qwen3", 0)
+    # In one layer: with more, the earlier frame sees the later one, which saw the text.
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=1))
+    rng = np.random.default_rng(0)
+    base = packs.row([packs.sequence(rng, config, packs.video(rng, config, 3), (4,))], config, 32, 3, 6)
+    other = base._replace(tokens=base.tokens.copy())
+    at = np.flatnonzero(base.image[0] == 1)[0] - 1  # the text before the second frame
+    other.tokens[0, at] = (base.tokens[0, at] + 1) % config.text.vocab_size
+    before, after = run(config, packing.stack([base, other]), "dense")
+    frames = base.image[0]
+    assert np.abs(before - after)[frames == 0].max() == 0
+    assert np.abs(before - after)[frames == 1].max() > 1e-3
+
+
+def test_padding_crops_and_empty_windows_change_no_gradient():
+    config = packs.random_config("qwen3", 0)
+    rng = np.random.default_rng(0)
+    one = packs.sequence(rng, config, packs.video(rng, config, 3), (4,))
+    black = packs.row([one], config, 32, 5, 10)
+    assert (black.pooled[0, 6:] == -1).all()
+    grey = black._replace(patches=black.patches.copy())
+    grey.patches[0, 3:] = 200
+
+    @jax.jit
+    def grads(batch):
+        def loss(params):
+            model = molmo2.Molmo2(config, remat="none", attention="dense")
+            logits = model.apply({"params": params}, batch)
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+            return -(picked * batch.weights).sum()
+        return jax.grad(loss)(packs.random_params(config))
+
+    for a, b in zip(*(jax.tree.leaves(grads(batch)) for batch in (black, grey))):
+        assert np.isfinite(a).all()
+        np.testing.assert_array_equal(a, b)
