@@ -212,8 +212,8 @@ class _PackedIterator(grain.DatasetIterator):
     def __init__(self, batches: Batches):
         super().__init__()
         self._batches = batches
-        self._state = batches.first_state()
         self._run: _Run | None = None
+        self._state = batches.first_state()
         self._careful = range(0)
         self._deaths = collections.Counter()  # by number
         self._deaths_in_a_row = 0

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -50,7 +49,7 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
     """Returns the Sequence of an example; every random choice comes from `rng`.
 
     Args:
-      train: random wording and layouts; False: those of evaluation.
+      train: random wording, layouts and order of branches; False: those of evaluation, in order.
       max_tokens: longest sequence; branches beyond it are left out, then the end is cut.
       weight: takes the place of the branches' LossWeight, or a number that of its scale.
       high_res_share: probability that a single image is cut into up to high_res_crops tiles.
@@ -62,38 +61,36 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
     Source: reference: olmo/preprocessing/multimodal_preprocessor.py.
     """
     with _refusing(ledger.MEDIA):
-        seen = see(example, model, inputs, tokenizer, rng, high_res_share if train else 0.0)
+        crops, media = see(example, model, inputs, tokenizer, rng, high_res_share if train else 0.0)
     with _refusing(ledger.ANNOTATION):
-        branches = formats.to_branches(example, sizes=seen.sizes, seconds=seen.seconds, rng=rng, train=train,
+        branches = formats.to_branches(example, frames_or_sizes=media, rng=rng, train=train,
                                        num_templates=num_templates)
-        branches = [_weighted(branch, weight) for branch in branches]
-        result = sequences.build(seen.crops, branches, tokenizer, max_tokens=max_tokens)
+        places = rng.permutation(len(branches)) if train else range(len(branches))
+        branches = [_weighted(branches[place], weight) for place in places]
+        result = sequences.build(crops, branches, tokenizer, max_tokens=max_tokens)
     with _refusing(ledger.SIZE):
         return result if max_tokens is None else sequences.truncate(result, max_tokens)
 
 
-class Seen(NamedTuple):
-    """Media as the model will see them, and what annotations are relative to."""
-    crops: types.Crops | None            # None: text only
-    sizes: tuple[tuple[int, int], ...]   # (width, height) in pixels of the video or of each image
-    seconds: np.ndarray | None           # float64[N] of the frames
-
-
 def see(example: types.Example, model: config.Molmo2Config, inputs: config.InputConfig,
         tokenizer: tokenizers.Tokenizer, rng: np.random.Generator | None = None,
-        high_res_share: float = 0.0) -> Seen:
-    """Returns the media of an example as the model will see them; arguments as in `prepare`."""
+        high_res_share: float = 0.0,
+        ) -> tuple[types.Crops | None, types.Frames | tuple[tuple[int, int], ...]]:
+    """Returns the Crops of an example's media, and its Frames or the (width, height) of its images.
+
+    Without media they are None and (). Frames are read at the size of a crop. Arguments as in `prepare`.
+    """
     if example.video is not None:
         side = model.vision.image_size
         frames = video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps,
                             clip=example.clip, size=(side, side))
         crops = image.crops_of_frames(frames, model, inputs, tokenizer, example.subtitles)
-        return Seen(crops, ((frames.width, frames.height),), frames.seconds)
+        return crops, frames
     if example.images:
         pixels = [image.load(path) for path in example.images]
         crops = image.crops_of_images(pixels, model, inputs, tokenizer, high_res=high_res_share, rng=rng)
-        return Seen(crops, tuple((one.shape[1], one.shape[0]) for one in pixels), None)
-    return Seen(None, (), None)
+        return crops, tuple((one.shape[1], one.shape[0]) for one in pixels)
+    return None, ()
 
 
 def _weighted(branch: types.Branch, weight: types.LossWeight | float | None) -> types.Branch:
@@ -146,19 +143,25 @@ class Preparer:
         if number in self.careful:
             time.sleep(_CAREFUL_SECONDS)
         try:
-            result = prepare(example, self.model, self.inputs, self.tokenizer, generator(index, epoch),
-                             max_tokens=self.max_tokens, weight=member.weight,
-                             high_res_share=member.high_res_share, num_templates=self.num_templates)
-            with _refusing(ledger.SIZE):
-                self._check_size(result)
+            result = self.prepare(example, member, generator(index, epoch))
         except Refused as refused:
             return _refused(note, refused.reason, str(refused))
         note = dataclasses.replace(note, branches=max(int(result.branch[-1]), 0) + 1,
                                    is_cut=bool(result.targets[-1] != self.tokenizer.eos_id))
         return note, {name: getattr(result, name) for name in FIELDS}
 
-    def _check_size(self, sequence: types.Sequence) -> None:
-        for what, used, limit in (("crops", len(sequence.patches), self.max_crops),
-                                  ("visual tokens", len(sequence.pooled), self.max_visual_tokens)):
+    def prepare(self, example: types.Example, member: tasks.Member, rng: np.random.Generator
+                ) -> types.Sequence:
+        """Returns the Sequence of an example, which fits a row.
+
+        Raises:
+          Refused: it cannot be used, or is too large.
+        """
+        result = prepare(example, self.model, self.inputs, self.tokenizer, rng, max_tokens=self.max_tokens,
+                         weight=member.weight, high_res_share=member.high_res_share,
+                         num_templates=self.num_templates)
+        for what, used, limit in (("crops", len(result.patches), self.max_crops),
+                                  ("visual tokens", len(result.pooled), self.max_visual_tokens)):
             if used > limit:
-                raise ValueError(f"an example must fit a row of {limit} {what}; got {used}")
+                raise Refused(ledger.SIZE, ValueError(f"must fit a row of {limit} {what}; got {used}"))
+        return result

@@ -1,0 +1,360 @@
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import grain
+import numpy as np
+import pytest
+
+from data_pipelines import ledger
+from data_pipelines import pipeline
+from data_pipelines import preparation
+from data_pipelines import sources
+from data_pipelines import synthetic
+from molmo2_jax import config
+from molmo2_jax import types
+from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import tokenizer as tokenizers
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NUM_EXAMPLES = 20
+MODEL = config.Molmo2Config(
+    vision=config.VisionConfig(image_size=24, patch_size=4, width=16, num_layers=2, num_heads=1, head_dim=16,
+                               mlp_width=16),
+    connector=config.ConnectorConfig(taps=(1,), num_heads=1, head_dim=16, mlp_width=16),
+    text=dataclasses.replace(config.nano().text, vocab_size=400))
+INPUTS = config.InputConfig(max_crops=2, overlap_margins=(1, 1), max_frames=8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    world = dataclasses.replace(synthetic.quickstart_world(), frame_side=(32, 48))
+    return synthetic.write(tmp_path_factory.mktemp("world"), world, 0, NUM_EXAMPLES, "train",
+                           progress=False).parent
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return tokenizers.train_small((folder / "annotations.jsonl").read_text().splitlines(), 400)
+
+
+def data_config(folder, **fields):
+    return pipeline.DataConfig(**{
+        "train": (str(folder),), "seed": 5, "row_tokens": 1024, "row_crops": 24, "batch_rows": 2,
+        "packing_buffer": 6, "num_workers": 0, "prefetch": 0, "worker_prefetch": 2, **fields})
+
+
+@pytest.fixture
+def make(folder, tokenizer):
+    """Makes iterators of small batches, and closes them when the test ends."""
+    made = []
+
+    def make_iterator(folder=folder, shard_index=0, shard_count=1, **fields):
+        made.append(pipeline.make_iterator(data_config(folder, **fields), MODEL, INPUTS, tokenizer,
+                                           shard_index=shard_index, shard_count=shard_count))
+        return made[-1]
+    yield make_iterator
+    for iterator in made:
+        iterator.close()
+
+
+@pytest.fixture(scope="module")
+def expected(folder, tokenizer):
+    """(batch, state behind it) of an uninterrupted run in one process without prefetching."""
+    iterator = pipeline.make_iterator(data_config(folder), MODEL, INPUTS, tokenizer)
+    return [(next(iterator), iterator.get_state()) for _ in range(12)]
+
+
+def assert_continues(iterator, expected):
+    for batch, state in expected:
+        np.testing.assert_equal(next(iterator), batch)
+        assert iterator.get_state() == state
+
+
+def copy_world(folder, target, change=lambda number, record: record):
+    """Copies a data folder; `change` returns what each line becomes: a record, text, or None for nothing."""
+    shutil.copytree(folder, target)
+    lines = []
+    for number, line in enumerate((folder / "annotations.jsonl").read_text().splitlines()):
+        changed = change(number, json.loads(line))
+        lines += [] if changed is None else [changed if isinstance(changed, str) else json.dumps(changed)]
+    (target / "annotations.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return target
+
+
+# Batches
+
+
+def test_batches_have_fixed_shapes_and_keep_every_invariant(expected):
+    for batch, _ in expected:
+        assert batch.tokens.shape == (2, 1024) and batch.pooled.shape == (2, 1024, 9)
+        assert batch.patches.shape == (2, 24, 36, 48) and batch.patches.dtype == np.uint8
+        packing.check_invariants(batch)
+        assert all((batch.weights[row] > 0).any() for row in range(2))
+
+
+def test_counters_say_what_the_batches_hold(expected, make):
+    iterator = make(prefetch=2)
+    batches = [next(iterator) for _ in range(6)]
+    counters = iterator.counters
+    assert counters["rows"] == 12
+    assert counters["examples"] == sum(int(batch.example.max(axis=1).sum()) + 2 for batch in batches)
+    assert counters["token_fill"] == pytest.approx(np.mean([batch.example >= 0 for batch in batches]))
+    assert counters["visual_tokens"] == sum(int((batch.pooled >= 0).any(-1).sum()) for batch in batches)
+    assert counters["crop_fill"] == pytest.approx(counters["crops"] / (12 * 24))
+    assert 0 < counters["crop_fill"] <= 1 and counters["branches"] > counters["examples"]
+    assert sum(counters["examples_by_task"].values()) == counters["examples"]
+    assert counters["skipped"] == {} and counters["broken"] == {}
+
+
+def test_rows_of_narrow_windows_and_few_visual_tokens_can_be_asked_for(make):
+    batch = next(make(row_visual_tokens=200, window=12))
+    assert batch.pooled.shape == (2, 200, 12)
+
+
+# Order and resume
+
+
+def test_an_iterator_restored_at_any_step_continues_alike(folder, tokenizer):
+    dataset = pipeline.make_dataset(data_config(folder, prefetch=1), MODEL, INPUTS, tokenizer)
+    grain.experimental.assert_equal_output_after_checkpoint(grain.experimental.LimitIterDataset(dataset, 5))
+
+
+def test_a_run_may_be_resumed_with_another_number_of_workers(make, expected):
+    iterator = make(num_workers=1, prefetch=1)
+    iterator.set_state(json.loads(json.dumps(expected[3][1])))
+    assert_continues(iterator, expected[4:8])
+
+
+def test_states_have_constant_structure(expected):
+    assert len({str([(name, type(value)) for name, value in state.items()]) for _, state in expected}) == 1
+
+
+def test_hosts_share_the_stream_without_overlap(make):
+    seen = []
+    for shard in range(2):
+        iterator = make(shard_index=shard, shard_count=2, packing_buffer=2)
+        for _ in range(4):
+            next(iterator)
+        state = iterator.get_state()
+        read = set(range(shard, state["next"], 2))
+        assert iterator.counters["examples"] == len(read - set(json.loads(state["waiting"])))
+        seen.append(read)
+    assert not seen[0] & seen[1]
+
+
+def test_a_position_of_other_data_is_refused(make, expected):
+    with pytest.raises(ValueError, match="same data.*seed = 5 instead of 6"):
+        make(seed=6).set_state(expected[0][1])
+    with pytest.raises(ValueError, match="shard_count = 1 instead of 2"):
+        make(shard_count=2).set_state(expected[0][1])
+
+
+# Broken records
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def test_broken_records_are_skipped_counted_and_logged_once(folder, tmp_path, make, caplog):
+    broken = {}
+
+    def change(number, record):
+        if "video" in record and len(broken) < 4:
+            kind = ("media", "size", "line", "unknown")[len(broken)]
+            broken[kind] = number + 1
+            return {"media": record, "size": record | {"size": [9, 9], "annotations": [
+                        {"type": "points", "label": "dot", "points": [{"time": 0, "x": 1, "y": 1}]}]},
+                    "line": "{", "unknown": record | {"colour": "red"}}[kind]
+        return record
+
+    copied = copy_world(folder, tmp_path / "copy", change)
+    record = json.loads((folder / "annotations.jsonl").read_text().splitlines()[broken["media"] - 1])
+    truncate(copied / record["video"])
+    iterator = make(copied, packing_buffer=2)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(12):
+            next(iterator)
+    task, counters = str(copied), iterator.counters
+    epochs = iterator.get_state()["next"] / (NUM_EXAMPLES - 2)
+    assert epochs > 2
+    assert counters["skipped"][task]["line"] == 2
+    assert counters["skipped"][task]["media"] == pytest.approx(epochs, abs=1)
+    assert counters["skipped"][task]["annotation"] == pytest.approx(epochs, abs=1)
+    listed = counters["broken"][task]
+    assert set(listed) == {f"annotations.jsonl:{line}" for line in broken.values()}
+    assert record["video"] in listed[f"annotations.jsonl:{broken['media']}"]
+    assert "colour" in listed[f"annotations.jsonl:{broken['unknown']}"]
+    messages = [one.getMessage() for one in caplog.records if one.name == ledger.__name__]
+    assert len(messages) == 4
+    state, following = iterator.get_state(), next(iterator)
+    again = make(copied, packing_buffer=2)
+    again.set_state(state)
+    assert again.counters == counters
+    np.testing.assert_equal(next(again), following)
+
+
+def test_too_many_broken_records_end_the_run_with_their_list(folder, tmp_path, make):
+    copied = copy_world(folder, tmp_path / "copy")
+    videos = sorted((copied / "media").glob("*.mp4"))
+    for path in videos[:3]:
+        truncate(path)
+    iterator = make(copied, max_broken=2, packing_buffer=2)
+    before = iterator.get_state()
+    with pytest.raises(ValueError, match="max_broken = 2") as raised:
+        for _ in range(50):
+            before = iterator.get_state()
+            next(iterator)
+    assert all(path.name in str(raised.value) for path in videos[:3])
+    assert iterator.get_state() == before
+
+
+def test_lines_that_break_the_format_count_against_the_cap(folder, tmp_path, make):
+    copied = copy_world(folder, tmp_path / "copy", lambda number, record: "{" if number < 3 else record)
+    with pytest.raises(ValueError, match="max_broken = 2"):
+        make(copied, max_broken=2)
+
+
+def test_a_task_without_a_usable_record_ends_the_run(folder, tmp_path, make):
+    def first_three(number, record):
+        return record if "video" in record and number < 8 else None
+    copied = copy_world(folder, tmp_path / "copy", first_three)
+    for path in (copied / "media").iterdir():
+        path.write_bytes(b"no media")
+    with pytest.raises(ValueError, match="a record that can be used"):
+        next(make(copied))
+
+
+def test_empty_and_missing_folders_are_refused(tmp_path, make):
+    with pytest.raises(ValueError, match="must hold annotations.jsonl"):
+        make(tmp_path)
+    (tmp_path / "annotations.jsonl").write_text("")
+    with pytest.raises(ValueError, match="got none.*0 bytes"):
+        make(tmp_path)
+
+
+def test_an_example_too_large_for_a_row_is_skipped(make):
+    iterator = make(row_crops=6, packing_buffer=2)
+    while iterator.get_state()["next"] < NUM_EXAMPLES:
+        batch = next(iterator)
+    counters = iterator.counters
+    [skipped], [broken] = counters["skipped"].values(), counters["broken"].values()
+    assert skipped["size"] > 0 and batch.patches.shape[1] == 6
+    assert all("must fit a row of 6 crops" in text for text in broken.values())
+
+
+# Processes
+
+
+def worker_pids():
+    return [child.pid for child in multiprocessing.active_children()]
+
+
+def test_workers_change_nothing_and_one_that_is_killed_is_replaced(make, expected):
+    iterator = make(num_workers=2)
+    assert_continues(iterator, expected[:3])
+    first, second = worker_pids()
+    os.kill(second, signal.SIGINT)  # Ctrl-C reaches workers too, and must not end them
+    os.kill(first, signal.SIGKILL)
+    assert_continues(iterator, expected[3:6])
+    assert iterator.counters["skipped"] == {} and first not in worker_pids()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeadlyPreparer(preparation.Preparer):
+    """Dies of a segmentation fault at one example."""
+    deadly: str
+
+    def prepare(self, example, member, rng):
+        if example.key == self.deadly:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().prepare(example, member, rng)
+
+
+def test_a_record_that_kills_its_process_is_found_and_skipped(folder, tokenizer, monkeypatch):
+    monkeypatch.setattr(pipeline, "_DEATHS", 1)
+    dataset = pipeline.make_dataset(data_config(folder, num_workers=1), MODEL, INPUTS, tokenizer)
+    _, index, _ = dataset.preparer.order(9)
+    key = dataset.preparer.examples[0][index].key
+    fields = {field.name: getattr(dataset.preparer, field.name)
+              for field in dataclasses.fields(dataset.preparer)}
+    dataset.preparer = DeadlyPreparer(**fields, deadly=key)
+    iterator = iter(dataset)
+    try:
+        while iterator.get_state()["next"] < 2 * NUM_EXAMPLES:
+            next(iterator)
+        [broken] = iterator.counters["broken"].values()
+        assert list(broken) == [key] and "ends the process" in broken[key]
+        assert json.loads(iterator.get_state()["killers"]) == [[0, index]]
+    finally:
+        iterator.close()
+
+
+KILLED_MAIN = """
+import multiprocessing, pickle, sys, time
+from data_pipelines import pipeline
+if __name__ == "__main__":
+    iterator = pipeline.make_iterator(*pickle.loads(sys.stdin.buffer.read()))
+    next(iterator)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_with_a_main_process_that_is_killed(folder, tokenizer):
+    with subprocess.Popen([sys.executable, "-c", KILLED_MAIN], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as main:
+        main.stdin.write(pickle.dumps((data_config(folder, num_workers=1), MODEL, INPUTS, tokenizer)))
+        main.stdin.close()
+        [pid] = map(int, main.stdout.readline().split())
+        main.kill()
+    until = time.monotonic() + 20
+    while pathlib.Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not pathlib.Path(f"/proc/{pid}").exists()
+
+
+# One example
+
+
+def test_an_example_is_a_pure_function_of_index_and_epoch(folder, tokenizer):
+    example = sources.read_jsonl(folder / "annotations.jsonl")[0]
+
+    def tokens(epoch):
+        return preparation.prepare(example, MODEL, INPUTS, tokenizer, preparation.generator(0, epoch)).tokens
+    np.testing.assert_array_equal(tokens(1), tokens(1))
+    assert len({tuple(tokens(epoch)) for epoch in range(8)}) > 1
+
+
+def test_a_mixture_may_replace_loss_weights(folder, tokenizer):
+    example = types.Example(annotations=({"type": "qa", "question": "Sky?", "answer": "blue"},))
+
+    def weight_of(weight):
+        rng = preparation.generator(0, 0)
+        return preparation.prepare(example, MODEL, INPUTS, tokenizer, rng, weight=weight).weights.max()
+    assert weight_of(types.LossWeight(scale=0.25, by_length=False, by_branches=False)) == 0.25
+    assert weight_of(3.0) == pytest.approx(3 * weight_of(None), rel=1e-6)
+
+
+@pytest.mark.parametrize("fields, rule", [
+    ({"row_tokens": 0}, "row_tokens"), ({"num_workers": -1}, "num_workers"), ({"seed": -1}, "seed"),
+    ({"row_visual_tokens": 5000}, "row_visual_tokens"), ({"train": "no_such"}, "train"),
+    ({"window": 0}, "window"), ({"num_templates": 0}, "num_templates")])
+def test_settings_that_make_no_sense_are_refused(fields, rule):
+    with pytest.raises(ValueError, match=rule):
+        data_config("x", **fields)
+
+
+def test_a_window_smaller_than_the_model_pools_is_refused(make):
+    with pytest.raises(ValueError, match="window must hold.*9 patches"):
+        make(window=4)

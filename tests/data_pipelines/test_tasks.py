@@ -1,0 +1,53 @@
+import math
+
+import pytest
+
+from data_pipelines import tasks
+
+
+def member(task, **fields):
+    return tasks.Member(task=task, **fields)
+
+
+def test_a_group_divides_its_share_by_square_roots_of_sizes():
+    mixture = (tasks.Group(rate=3.0, members=(member("a"), member("b"))),
+               tasks.Group(rate=1.0, members=(member("c"),)))
+    shares = tasks.rates(mixture, {"a": 100, "b": 400, "c": 7})
+    assert shares == pytest.approx({"a": 0.25, "b": 0.5, "c": 0.25})
+
+
+@pytest.mark.parametrize("fields, size", [
+    ({}, 20.0), ({"root_size_factor": 0}, 1.0), ({"root_size_factor": 0.25}, 10.0),
+    ({"root_size_factor": 1}, 1.0), ({"root_size_factor": 60_000}, math.sqrt(60_000)),
+    ({"sampling_rate": 1.5}, 30.0)])
+def test_a_member_may_pretend_another_size(fields, size):
+    assert member("a", **fields).size(400) == pytest.approx(size)
+
+
+def test_folders_share_by_size_or_by_the_rates_given():
+    mixture, known = tasks.of_folders(("x/a", "x/b"))
+    assert known["x/a"].folder == "x/a"
+    assert tasks.rates(mixture, {"x/a": 100, "x/b": 900}) == pytest.approx({"x/a": 0.25, "x/b": 0.75})
+    mixture, _ = tasks.of_folders((("x/a", 0.2), ("x/b", 0.6)))
+    assert tasks.rates(mixture, {"x/a": 100, "x/b": 900}) == pytest.approx({"x/a": 0.25, "x/b": 0.75})
+
+
+def test_mixtures_name_known_tasks_once():
+    for mixture in tasks.MIXTURES.values():
+        assert {one.task for one in tasks.members(mixture)} <= set(tasks.TASKS)
+    twice = (tasks.Group(rate=1.0, members=(member("a"),)), tasks.Group(rate=1.0, members=(member("a"),)))
+    with pytest.raises(ValueError, match="once.*'a'"):
+        tasks.members(twice)
+
+
+@pytest.mark.parametrize("make, rule", [
+    (lambda: tasks.of_folders(()), "at least one data folder"),
+    (lambda: tasks.of_folders(("a", ("b", 0.5))), "either all"),
+    (lambda: tasks.of_folders((("a", -1.0),)), "rate of a group"),
+    (lambda: tasks.Group(rate=1.0, members=()), "at least one member"),
+    (lambda: member("a", sampling_rate=0), "sampling_rate"),
+    (lambda: member("a", high_res_share=1.5), "high_res_share"),
+    (lambda: member("a", root_size_factor=-1), "root_size_factor")])
+def test_what_makes_no_mixture_is_refused(make, rule):
+    with pytest.raises(ValueError, match=rule):
+        make()
