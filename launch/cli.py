@@ -40,6 +40,11 @@ def workdir() -> pathlib.Path:
     return pathlib.Path(_WORKDIR.value)
 
 
+def bindings() -> list[str]:
+    """Returns the bindings of --gin."""
+    return _GIN.value
+
+
 def resolve(*needed: str) -> run.RunConfig:
     """Returns the RunConfig of the flags, which has all the `needed` parts.
 

@@ -20,6 +20,8 @@ from gin import config_parser
 
 import data_pipelines.pipeline
 import molmo2_jax.optim
+import molmo2_jax.sharding
+import molmo2_jax.train
 from launch import field_types
 from molmo2_jax import config
 
@@ -31,6 +33,8 @@ from data_pipelines import pipeline
 from launch import run
 from molmo2_jax import config
 from molmo2_jax import optim
+from molmo2_jax import sharding
+from molmo2_jax import train
 """
 
 
@@ -42,6 +46,8 @@ class RunConfig:
     tokenizer: str | None = None   # path of a tokenizer.json
     data: data_pipelines.pipeline.DataConfig | None = None
     optim: molmo2_jax.optim.OptimConfig | None = None
+    train: molmo2_jax.train.TrainConfig | None = None
+    mesh: molmo2_jax.sharding.MeshConfig = molmo2_jax.sharding.MeshConfig()
 
 
 def resolve(
