@@ -121,7 +121,8 @@ class _Media:
     def where(self, point: Mapping, field: str) -> dict:
         """Returns {"time": seconds from the clip's start} or {"image": from 1} of a point or mask."""
         if self.is_video:
-            _require("image" not in point, f"{field}.image", "must only be given with images", point.get("image"))
+            _require("image" not in point, f"{field}.image", "must only be given with images",
+                     point.get("image"))
             _require("time" in point, f"{field}.time", "must be given for a video", None)
             return {"time": self.time(point["time"], f"{field}.time")}
         _require("time" not in point, f"{field}.time", "must only be given with a video", point.get("time"))
@@ -268,11 +269,13 @@ def _mask(mask, field, media) -> dict:
     _object(mask, field, ("id", "time", "image", "size", "counts"), required=("id", "size", "counts"))
     height, width = _pair(mask["size"], f"{field}.size", _is_positive_int, "[height, width] in pixels")
     counts = _list(mask["counts"], f"{field}.counts", True)
-    _require(all(_is_int(n) and n >= 0 for n in counts) and sum(counts) == height * width, f"{field}.counts",
+    is_cover = all(_is_int(n) and n >= 0 for n in counts) and sum(counts) == height * width
+    _require(is_cover, f"{field}.counts",
              f"must be integers >= 0 that sum to height x width = {height * width}", counts)
     where = media.where(mask, field)
     expected = media.sizes[where.get("image", 1) - 1] if media.sizes else (width, height)
-    _require((width, height) == expected, f"{field}.size", "must be [height, width] of the media", mask["size"])
+    _require((width, height) == expected, f"{field}.size", "must be [height, width] of the media",
+             mask["size"])
     return {"id": _identity(mask["id"], f"{field}.id"), **where, "size": (height, width),
             "counts": tuple(counts)}
 
@@ -312,7 +315,8 @@ def _scale(annotation, field) -> tuple[float, float] | None:
     scale = annotation["scale"]
     if _is_finite(scale):
         scale = [scale, scale]
-    width, height = _pair(scale, f"{field}.scale", lambda v: _is_finite(v) and v > 0, "> 0: one or [x, y]")
+    width, height = _pair(scale, f"{field}.scale", lambda value: _is_finite(value) and value > 0,
+                          "> 0: one or [x, y]")
     return float(width), float(height)
 
 

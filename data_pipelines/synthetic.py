@@ -58,7 +58,8 @@ class WorldConfig:
     absent_share: float = 0.1                                # of the examples may ask for what is not there
 
     def __post_init__(self):
-        for name in ("objects", "radius", "speed", "frame_side", "duration", "gop", "images_per_set", "branches"):
+        for name in ("objects", "radius", "speed", "frame_side", "duration", "gop", "images_per_set",
+                     "branches"):
             low, high = getattr(self, name)
             _require(0 <= low <= high, f"{name} must be a range 0 <= low <= high", (low, high))
         _require(self.objects[0] >= 1, "objects must be >= 1", self.objects)
@@ -75,9 +76,12 @@ class WorldConfig:
         kinds = dict(self.annotations)
         _require(set(kinds) <= set(synthetic_annotations.ANNOTATION_KINDS) and sum(kinds.values()) > 0
                  and min(kinds.values()) >= 0,
-                 f"annotations must give rates >= 0 of {synthetic_annotations.ANNOTATION_KINDS}", self.annotations)
-        _require(self.unique in ("colour", "phrase", "none"), "unique must be colour, phrase or none", self.unique)
-        _require(self.point_time in ("first", "random"), "point_time must be first or random", self.point_time)
+                 f"annotations must give rates >= 0 of {synthetic_annotations.ANNOTATION_KINDS}",
+                 self.annotations)
+        _require(self.unique in ("colour", "phrase", "none"), "unique must be colour, phrase or none",
+                 self.unique)
+        _require(self.point_time in ("first", "random"), "point_time must be first or random",
+                 self.point_time)
         available = {"colour": len(self.colours), "phrase": len(self.colours) * len(self.kinds)}
         _require(self.objects[1] <= available.get(self.unique, self.objects[1]),
                  f"objects must not exceed the different {self.unique}s", self.objects)
@@ -155,7 +159,8 @@ def _sample_names(rng, config: WorldConfig, number: int) -> list[tuple[str, str]
     if config.unique == "phrase":
         pairs = [(colour, kind) for colour in config.colours for kind in config.kinds]
         return [pairs[i] for i in rng.permutation(len(pairs))[:number]]
-    return [(config.colours[i], kind) for i, kind in zip(rng.integers(len(config.colours), size=number), kinds)]
+    colours = rng.integers(len(config.colours), size=number)
+    return [(config.colours[i], kind) for i, kind in zip(colours, kinds)]
 
 
 def _reach(kind: str, radius: float) -> float:
@@ -178,7 +183,7 @@ def _sample_path(rng, config: WorldConfig, times, size, kind, radius, others) ->
     is_free = np.ones(tries, bool)
     for other in others if config.is_apart else ():
         distance = np.linalg.norm(paths - other.centres, axis=-1).min(axis=1)
-        is_free &= distance > 0.9 * (reach + _reach(other.kind, other.radius)) + 2
+        is_free &= distance > reach + _reach(other.kind, other.radius) + 1
     return paths[is_free.argmax()] if is_free.any() else None
 
 
@@ -208,7 +213,7 @@ def _sample_times(rng, config: WorldConfig) -> tuple[np.ndarray, fractions.Fract
 
 
 def encode(path: str | os.PathLike, images, ticks, tick: fractions.Fraction, gop: int) -> None:
-    """Writes uint8[H, W, 3] images as H.264; image i appears at ticks[i] and the last one ends at ticks[-1]."""
+    """Writes uint8[H, W, 3] images as H.264; image i appears at ticks[i], the last one ends at ticks[-1]."""
     with av.open(os.fspath(path), "w") as container:
         stream = None
         for image, start, end in zip(images, ticks[:-1], ticks[1:]):
@@ -224,8 +229,9 @@ def encode(path: str | os.PathLike, images, ticks, tick: fractions.Fraction, gop
         container.mux(stream.encode(None))
 
 
-def make_example(folder: str, config: WorldConfig, seed: int, split: str, has_masks: bool, index: int) -> dict:
-    """Writes the media of one example below `folder` and returns its record (one line of annotations.jsonl)."""
+def make_example(folder: str, config: WorldConfig, seed: int, split: str, has_masks: bool,
+                 index: int) -> dict:
+    """Returns the record of one example (a line of annotations.jsonl) and writes its media below `folder`."""
     entropy = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(split.encode()), index))
     rng = np.random.default_rng(entropy)
     draw = rng.random()
@@ -247,7 +253,8 @@ def make_example(folder: str, config: WorldConfig, seed: int, split: str, has_ma
         observations = []
         for name in names:
             scene = sample_scene(rng, config, np.zeros(1), 0.0, sides)
-            Image.fromarray(next(synthetic_scene.draw(scene))).save(os.path.join(folder, name), compress_level=1)
+            still = Image.fromarray(next(synthetic_scene.draw(scene)))
+            still.save(os.path.join(folder, name), compress_level=1)
             observations.append(synthetic_annotations.observe(scene, np.zeros(1)))
         record = {"images": names, "size": [sides] * number}
     asker = synthetic_annotations.Asker(observations, config, rng, is_video)
@@ -283,8 +290,8 @@ def write(folder: str | os.PathLike, config: WorldConfig, seed: int, num_example
     make = functools.partial(make_example, str(root), config, seed, split, has_masks)
     partial = target.with_suffix(".partial")
     with open(partial, "w") as lines:
-        for record in tqdm.tqdm(_map(make, num_examples, workers), total=num_examples, desc=f"writing {split}",
-                                unit="examples", disable=not progress):
+        for record in tqdm.tqdm(_map(make, num_examples, workers), total=num_examples,
+                                desc=f"writing {split}", unit="examples", disable=not progress):
             lines.write(json.dumps(record) + "\n")
     partial.rename(target)
     return target

@@ -125,14 +125,15 @@ class Asker:
         if kind in ("points", "count"):
             make = self._points if kind == "points" else self._count
             asked = [lambda p=p: make(p) for p in phrases]
-            return asked + [lambda: make(self._absent_phrase())] * (self.rng.random() < self.config.absent_share)
+            if self.rng.random() < self.config.absent_share:
+                asked.append(lambda: make(self._absent_phrase()))
+            return asked
         if kind == "tracks":
             return [lambda p=p: self._tracks(p) for p in phrases]
         if kind == "caption":
             return [self._caption]
-        single = [shape for shape in self._shapes()]
         asked = [lambda s=s, ask=ask: ask(s, kind == "choice")
-                 for s in single for ask in (self._colour, self._kind, self._place, self._motion)]
+                 for s in self._shapes() for ask in (self._colour, self._kind, self._place, self._motion)]
         return asked + [lambda p=p: self._how_many(p, kind == "choice") for p in phrases]
 
     def _shapes(self) -> list[tuple[int, int, int]]:
@@ -212,7 +213,8 @@ class Asker:
         shape = self._shape(member)
         if not self._is_only("colour", shape.colour):
             return None
-        return self._asked(f"What shape is the {shape.colour} object?", shape.kind, self.config.kinds, is_choice)
+        question = f"What shape is the {shape.colour} object?"
+        return self._asked(question, shape.kind, self.config.kinds, is_choice)
 
     def _place(self, member, is_choice: bool) -> dict | None:
         n, k, _ = member
@@ -225,7 +227,8 @@ class Asker:
             return None
         when = " at the start" if self.is_video else ""
         answer = sides[0] if sides[2] < 0.5 else sides[1]
-        return self._asked(f"Is the {phrase} at the {sides[0]} or {sides[1]}{when}?", answer, sides[:2], is_choice)
+        question = f"Is the {phrase} at the {sides[0]} or {sides[1]}{when}?"
+        return self._asked(question, answer, sides[:2], is_choice)
 
     def _motion(self, member, is_choice: bool) -> dict | None:
         direction = self._direction(member)

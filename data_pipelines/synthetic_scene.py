@@ -9,7 +9,8 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
+from PIL import ImageDraw
 
 COLOURS = {
     "red": (216, 40, 40), "green": (40, 168, 60), "blue": (48, 80, 228), "yellow": (240, 216, 40),
@@ -76,7 +77,7 @@ class Scene:
 
 
 def background(rng: np.random.Generator, height: int, width: int, texture: float) -> np.ndarray:
-    """Returns uint8[H, W, 3]: a greyish tone with soft blotches (and slight grain) of the given strength, 0..1."""
+    """Returns uint8[H, W, 3]: a greyish tone with soft blotches and slight grain of strength 0..1."""
     tone = rng.uniform(50, 200) + rng.uniform(-14, 14, 3)
     image = np.broadcast_to(tone, (height, width, 3)).astype(np.float32)
     if texture > 0:

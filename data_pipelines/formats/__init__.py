@@ -79,14 +79,15 @@ def to_branches(example: types.Example, **how) -> tuple[types.Branch, ...]:
 
 def _view(example, frames_or_sizes, rng, train, num_templates) -> views.View:
     is_video = isinstance(frames_or_sizes, types.Frames)
-    sizes = ((frames_or_sizes.width, frames_or_sizes.height),) if is_video else tuple(frames_or_sizes)
+    sizes = tuple(frames_or_sizes) if not is_video else (
+        (frames_or_sizes.width, frames_or_sizes.height),)
     if is_video != (example.video is not None) or not is_video and len(sizes) != len(example.images):
         raise ValueError(f"{example.key}: needs the Frames of its video, or one size for each of its "
                          f"{len(example.images)} images; got {type(frames_or_sizes).__name__} with {sizes}")
     if num_templates is not None and num_templates < 1:
         raise ValueError(f"num_templates must be >= 1; got {num_templates}")
-    return views.View(sizes=sizes, seconds=frames_or_sizes.seconds if is_video else None, rng=rng, train=train,
-                      num_templates=num_templates)
+    return views.View(sizes=sizes, seconds=frames_or_sizes.seconds if is_video else None, rng=rng,
+                      train=train, num_templates=num_templates)
 
 
 def _weight(annotation: Mapping, view: views.View) -> types.LossWeight:

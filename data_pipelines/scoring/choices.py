@@ -11,7 +11,10 @@ from molmo2_jax.inputs import choices
 
 
 def score(targets: Sequence[tuple[str, Sequence[str], int]], answers: Sequence[str]) -> dict[str, float]:
-    """Returns accuracy, accuracy_reference and valid; a target is (question, options, index of the right one)."""
+    """Returns accuracy, accuracy_reference and valid.
+
+    targets: (question, options, index of the right option), one per answer.
+    """
     rows = []
     for (question, options, right), answer in zip(targets, answers, strict=True):
         shown = choices.format_evaluation(question, options)

@@ -41,7 +41,7 @@ def _score(targets, answers, read: Callable[[str], int | None], suffix: str) -> 
                      "valid": float(count is not None)})
     scores = hits.means(rows)
     bins = np.searchsorted(BINS, np.asarray(targets), side="right") - 1
-    accuracy = {f"correct_from_{BINS[b]}": float(np.mean([row["correct"] for row, c in zip(rows, bins) if c == b]))
-                for b in np.unique(bins)}
+    correct = np.array([row["correct"] for row in rows])
+    accuracy = {f"correct_from_{BINS[b]}": float(correct[bins == b].mean()) for b in np.unique(bins)}
     scores["per_category_average"] = float(np.mean(list(accuracy.values())))
     return {name + suffix: value for name, value in (scores | accuracy).items()}

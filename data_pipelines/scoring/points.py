@@ -68,7 +68,8 @@ def read(target: PointTarget, answer: str) -> list[tuple[float, float, float]]:
     """Returns (index, x, y) of the points in an answer, in pixels."""
     sizes = target.sizes if target.duration is None else None
     width, height = (None, None) if sizes else target.sizes[0]
-    return [(point.index, point.x, point.y) for point in points.parse_points(answer, width, height, sizes=sizes)]
+    found = points.parse_points(answer, width, height, sizes=sizes)
+    return [(point.index, point.x, point.y) for point in found]
 
 
 def score_points(target: PointTarget, predicted: Sequence[tuple[float, float, float]]) -> dict[str, float]:

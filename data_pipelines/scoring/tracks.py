@@ -69,8 +69,8 @@ def target(annotation: Mapping, *, size: tuple[int, int]) -> TrackTarget:
                                  f"{track['id']} at {point['time']} seconds ({annotation['label']})")
             x, y = view.relative(annotation, point, [size])
             visible[track["id"]] = (x * size[0], y * size[1])
-    return TrackTarget(objects=tuple(track["id"] for track in annotation["tracks"]), points=frames, masks=shapes,
-                       width=size[0], height=size[1], fps=fps)
+    objects = tuple(track["id"] for track in annotation["tracks"])
+    return TrackTarget(objects=objects, points=frames, masks=shapes, width=size[0], height=size[1], fps=fps)
 
 
 def _is_on_grid(seconds: float, fps: float) -> bool:
@@ -78,8 +78,8 @@ def _is_on_grid(seconds: float, fps: float) -> bool:
 
 
 def score(targets: Sequence[TrackTarget], answers: Sequence[str]) -> dict[str, float]:
-    """Returns means over all examples of precision, recall, f1, HOTA, DetA, AssA, DetPr, DetRe (each also with
-    _reference), j, f, jf, jf_merged, and valid: the share of answers with a track."""
+    """Returns means over all examples: precision, recall, f1, HOTA, DetA, AssA, DetPr, DetRe (each also with
+    _reference), j, f, jf, jf_merged, and valid, the share of answers with a track."""
     rows = []
     for one, answer in zip(targets, answers, strict=True):
         predicted = read(one, answer)
@@ -89,7 +89,7 @@ def score(targets: Sequence[TrackTarget], answers: Sequence[str]) -> dict[str, f
 
 
 def read(target: TrackTarget, answer: str) -> dict[int, dict[str, XY]]:
-    """Returns frame -> {id: (x, y) in pixels} of an answer; if two times share a frame, the earlier counts."""
+    """Returns frame -> {id: (x, y) in pixels} of an answer; of two times in one frame the earlier counts."""
     frames: dict[int, dict[str, XY]] = {}
     for tracked in points.parse_tracks(answer, target.width, target.height, target.fps):
         for name, place in tracked.points.items():
@@ -143,14 +143,15 @@ def _f1_reference(target, predicted) -> dict[str, float]:
         found, total = 0, len(present)
         if is_hit.size:
             truth = np.array([target.points[frame][name] for name in present], np.float64)
-            pairs = hits.nearest_pairs(truth, np.array([predicted[frame][name] for name in given], np.float64))
+            places = np.array([predicted[frame][name] for name in given], np.float64)
+            pairs = hits.nearest_pairs(truth, places)
             found, total = sum(bool(is_hit[pair]) for pair in pairs), len(target.objects)
         rows.append(hits.precision_recall_f1(found, len(given), total, hits.EPSILON))
     return _named_f1(rows)
 
 
 def _hota(target: TrackTarget, predicted, by_position: bool) -> dict[str, float]:
-    """Returns HOTA and its parts at similarity threshold 0.5 (all thresholds agree, as similarity is 0 or 1)."""
+    """Returns HOTA and its parts at threshold 0.5; all thresholds agree, as similarity is 0 or 1."""
     names = sorted({name for frame in predicted.values() for name in frame}, key=str)
     seen = {name for frame in target.points.values() for name in frame}
     parts = ("HOTA", "DetA", "AssA", "DetPr", "DetRe")

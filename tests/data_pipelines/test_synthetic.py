@@ -1,0 +1,274 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from data_pipelines import masks
+from data_pipelines import sources
+from data_pipelines import synthetic
+from data_pipelines import synthetic_annotations
+from data_pipelines import synthetic_scene
+from molmo2_jax.inputs import image
+from molmo2_jax.inputs import video
+
+FULL = dataclasses.replace(
+    synthetic.full_world(),
+    frame_side=(64, 96),
+    duration=(1.0, 2.5),
+    vfr_share=0.3,
+    image_share=0.25,
+    image_set_share=0.2,
+    absent_share=0.5,
+    branches=(4, 8),
+)
+COLOUR_ERROR = 40  # of 255; measured: at most 22, from the tint (12) and chroma at quarter resolution
+
+
+def write(folder, config=FULL, number=60, split="heldout", **how):
+    return synthetic.write(folder, config, 7, number, split, progress=False, **how)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    path = write(tmp_path_factory.mktemp("world"))
+    return sources.read_jsonl(path), [json.loads(line) for line in open(path)]
+
+
+def objects_and_times(record):
+    """Yields (annotation, object id, point) of every point of a record that is not hidden."""
+    for annotation in record["annotations"]:
+        for point in annotation.get("points", ()):
+            yield annotation, point["id"], point
+        for track in annotation.get("tracks", ()):
+            for point in track["points"]:
+                if not point.get("occluded"):
+                    yield annotation, track["id"], point
+
+
+def mask_at(record, identity, point):
+    found = [
+        mask
+        for mask in record["masks"]
+        if mask["id"] == identity
+        and mask.get("time") == point.get("time")
+        and mask.get("image", 1) == point.get("image", 1)
+    ]
+    assert len(found) == 1
+    return masks.decode(found[0])
+
+
+def test_the_folder_reads_as_user_data_and_holds_videos_stills_and_sets_of_them(world):
+    examples, _ = world
+    kinds = {"video" if example.video else min(len(example.images), 2) for example in examples}
+    assert kinds == {"video", 1, 2}
+    types = {annotation["type"] for example in examples for annotation in example.annotations}
+    assert types == set(synthetic_annotations.ANNOTATION_KINDS)
+
+
+def test_every_point_lies_in_the_visible_mask_of_its_object(world):
+    seen = 0
+    for record in world[1]:
+        for _, identity, point in objects_and_times(record):
+            assert mask_at(record, identity, point)[round(point["y"]), round(point["x"])]
+            seen += 1
+    assert seen > 100
+
+
+def test_decoded_pixels_at_points_have_the_colour_of_the_label(world):
+    checked = 0
+    for example, record in zip(*world, strict=True):
+        frames = video.read(example.video, max_frames=128) if example.video else None
+        for annotation, _, point in objects_and_times(record):
+            colour = synthetic_scene.COLOURS.get(annotation["label"].split()[0])
+            if colour is None:
+                continue
+            if frames:
+                shown = frames.pixels[np.abs(frames.seconds - point["time"]).argmin()]
+            else:
+                shown = image.load(example.images[point.get("image", 1) - 1])
+            pixel = shown[round(point["y"]), round(point["x"])].astype(int)
+            inner = mask_at(
+                record, annotation["tracks"][0]["id"] if "tracks" in annotation else point["id"], point
+            )
+            if np.count_nonzero(inner) < 60 and frames:
+                continue  # thinner than the blocks in which video keeps colour
+            assert np.abs(pixel - colour).max() <= COLOUR_ERROR
+            checked += 1
+    assert checked > 40
+
+
+def test_annotated_times_are_those_at_which_the_video_is_sampled(world):
+    tracked = 0
+    for example, record in zip(*world, strict=True):
+        if example.video is None:
+            continue
+        shown = video.sample_seconds(video.index(example.video).duration, 128)
+        for mask in record["masks"]:
+            assert np.abs(shown - mask["time"]).min() < 1e-4
+        for annotation in record["annotations"]:
+            for track in annotation.get("tracks", ()):
+                times = [point["time"] for point in track["points"]]
+                tracked += 1
+                if len(times) == len(shown):
+                    np.testing.assert_allclose(times, shown, atol=1e-4)
+    assert tracked > 5
+
+
+def test_a_tracked_object_is_hidden_exactly_where_it_has_no_mask(world):
+    hidden = 0
+    for record in world[1]:
+        with_mask = {(mask["id"], mask.get("time")) for mask in record["masks"]}
+        for annotation in record["annotations"]:
+            for track in annotation.get("tracks", ()):
+                for point in track["points"]:
+                    assert point.get("occluded", False) == ((track["id"], point["time"]) not in with_mask)
+                    hidden += point.get("occluded", False)
+    assert hidden > 0
+
+
+def test_points_tracks_and_counts_of_one_phrase_agree(world):
+    compared = 0
+    for record in world[1]:
+        counts = {}
+        for annotation in record["annotations"]:
+            number = annotation.get("count", len(annotation.get("points", annotation.get("tracks", ()))))
+            if annotation["type"] in ("points", "tracks", "count"):
+                compared += annotation["label"] in counts
+                assert counts.setdefault(annotation["label"], number) == number
+    assert compared > 10
+
+
+def test_some_questions_ask_for_what_is_not_there(world):
+    absent = [
+        a for example in world[0] for a in example.annotations if a["type"] == "points" and not a["points"]
+    ]
+    assert absent
+
+
+def test_right_options_of_multiple_choice_are_true_of_the_scene(world):
+    asked = 0
+    for example in world[0]:
+        named = {
+            a["label"]
+            for a in example.annotations
+            if a["type"] in ("points", "tracks")
+            and (a.get("points") or a.get("tracks"))
+            and a["label"].split()[0] in synthetic_scene.COLOURS
+        }
+        for annotation in example.annotations:
+            if annotation["type"] == "choice" and annotation["question"].startswith("What color is the "):
+                kind = annotation["question"].removeprefix("What color is the ").rstrip("?")
+                matching = {phrase.split()[0] for phrase in named if phrase.endswith(kind)}
+                assert matching <= {annotation["options"][annotation["answer"]]}
+                asked += len(matching)
+    assert asked > 0
+
+
+def test_an_example_depends_on_seed_split_and_index_alone(tmp_path):
+    first = write(tmp_path / "first", number=6)
+    second = write(tmp_path / "second", number=9, workers=2)
+    assert second.read_text().startswith(first.read_text())
+    for media in (first.parent / "media").iterdir():
+        assert media.read_bytes() == (second.parent / "media" / media.name).read_bytes()
+
+
+def test_train_and_held_out_examples_of_one_seed_differ(tmp_path):
+    train = write(tmp_path, number=6, split="train", has_masks=True).read_text().splitlines()
+    held_out = write(tmp_path, number=6, split="heldout").read_text().splitlines()
+    assert not set(train) & set(held_out)
+    stills = [
+        {path.read_bytes() for path in (tmp_path / split / "media").iterdir()}
+        for split in ("train", "heldout")
+    ]
+    assert not stills[0] & stills[1]
+
+
+def test_training_files_carry_no_masks(tmp_path):
+    assert "masks" not in json.loads(write(tmp_path, number=1, split="train").read_text())
+
+
+def test_a_complete_folder_is_left_alone_and_a_foreign_one_refused(tmp_path):
+    path = write(tmp_path, number=2)
+    before = path.stat().st_mtime_ns
+    assert write(tmp_path, number=2).stat().st_mtime_ns == before
+    assert len(write(tmp_path, number=3).read_text().splitlines()) == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("not to be overwritten")
+    with pytest.raises(ValueError, match="must be empty or written by this function"):
+        write(tmp_path, split="mine")
+
+
+def test_quickstart_objects_never_touch_and_never_leave():
+    config = synthetic.quickstart_world()
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        times = np.arange(24) / 10
+        scene = synthetic.sample_scene(rng, config, times, 2.4, (128, 96))
+        for frame in range(0, 24, 6):
+            _, share = synthetic_scene.owners(scene, frame)
+            assert (share == 1).all()
+        radii = [shape.radius / 96 for shape in scene.shapes]
+        assert config.radius[0] <= min(radii) and max(radii) <= config.radius[1]
+        assert len({shape.colour for shape in scene.shapes}) == len(scene.shapes)
+
+
+def test_quickstart_worlds_have_every_number_of_objects_about_equally_often():
+    config, rng = synthetic.quickstart_world(), np.random.default_rng(1)
+    numbers = [
+        len(synthetic.sample_scene(rng, config, np.arange(20) / 8, 2.5, (96, 120)).shapes)
+        for _ in range(150)
+    ]
+    assert min(np.bincount(numbers)[1:4]) >= 30
+
+
+def test_full_worlds_hide_objects_and_let_them_enter_and_leave():
+    config, rng = synthetic.full_world(), np.random.default_rng(2)
+    partly, gone = 0, 0
+    for _ in range(30):
+        scene = synthetic.sample_scene(rng, config, np.arange(40) / 10, 4.0, (128, 128))
+        observation = synthetic_annotations.observe(scene, synthetic_annotations.grid(4.0))
+        assert (observation.share[:-1].max(axis=0) >= synthetic_annotations.WELL_SHARE).all()
+        partly += ((observation.share > 0) & (observation.share < 0.9)).any()
+        gone += (~observation.visible).any()
+    assert partly >= 10 and gone >= 3
+
+
+@pytest.mark.parametrize(
+    "duration, expected", [(2.0, [0, 0.5, 1.0, 1.5, 2.0]), (1.2, [0, 0.5, 1.0, 1.2]), (0.4, [0, 0.4])]
+)
+def test_the_grid_is_every_half_second_and_the_end(duration, expected):
+    np.testing.assert_allclose(synthetic_annotations.grid(duration), expected)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"objects": (3, 1)}, "objects must be a range"),
+        ({"objects": (0, 1)}, "objects must be >= 1"),
+        ({"radius": (0.1, 0.5)}, "radius must be"),
+        ({"kinds": ("blob",)}, "kinds must be some of"),
+        ({"annotations": (("points", 0.0),)}, "annotations must give rates"),
+        ({"unique": "colour", "colours": ("red",)}, "objects must not exceed the different colours"),
+        ({"duration": (0.1, 2.0)}, "duration must be >= 0.6"),
+        ({"point_time": "last"}, "point_time must be"),
+    ],
+)
+def test_a_world_that_cannot_be_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(synthetic.full_world(), **change)
+
+
+def test_an_overcrowded_world_is_refused_instead_of_searched_forever():
+    config = dataclasses.replace(synthetic.quickstart_world(), objects=(6, 6), radius=(0.3, 0.35))
+    with pytest.raises(ValueError, match="must leave room"):
+        synthetic.sample_scene(np.random.default_rng(0), config, np.zeros(1), 0.0, (64, 64))
+
+
+def test_masks_survive_being_written_as_run_lengths():
+    rng = np.random.default_rng(0)
+    for mask in (rng.random((5, 7)) < 0.5, np.ones((3, 2), bool), np.zeros((3, 2), bool)):
+        np.testing.assert_array_equal(masks.decode(masks.encode(mask)), mask)
+    assert masks.encode(np.array([[0, 1], [1, 1]], bool)) == {"size": [2, 2], "counts": [1, 3]}
+    with pytest.raises(ValueError, match="sum to height x width = 4"):
+        masks.decode({"size": [2, 2], "counts": [1, 2]})
