@@ -195,9 +195,8 @@ class BatchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
         super().__init__(packed, data.prefetch)
         self._budgets = (data.row_tokens, data.row_crops)
 
-    @property
     def counters(self) -> dict[str, Any]:
-        """What has been consumed and skipped up to the last batch that was taken: see ledger.counters."""
+        """Returns what was consumed and skipped up to the last batch that was taken: see ledger.counters."""
         return ledger.counters(self.get_state(), *self._budgets)
 
     def close(self) -> None:
@@ -295,8 +294,8 @@ class _Run:
         self._patch_shape = (model.vision.num_patches, model.vision.patch_values)
         preparer = dataclasses.replace(batches.preparer, careful=careful,
                                        killers=frozenset(map(tuple, json.loads(self._killers))))
-        self._reader = workers.read(preparer, workers.Numbers(self._again, self._next, batches.shard_count),
-                                    data.num_workers, data.worker_prefetch)
+        numbers = workers.Numbers(self._again, self._next, batches.shard_count)
+        self._reader = workers.Reader(preparer, numbers, data.num_workers, data.worker_prefetch)
 
     def batch(self) -> types.Batch:
         """Returns the next B rows.

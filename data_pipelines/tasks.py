@@ -118,7 +118,7 @@ def of_folders(folders: tuple[str | tuple[str, float], ...]) -> tuple[Mixture, d
 
 
 TASKS: dict[str, Task] = {
-    "shapes": Task(folder="runs/shapes/data/train"),
+    "shapes": Task(folder="runs/quickstart/data/train"),
 }
 
 MIXTURES: dict[str, Mixture] = {

@@ -105,7 +105,7 @@ def test_batches_have_fixed_shapes_and_keep_every_invariant(expected):
 def test_counters_say_what_the_batches_hold(expected, make):
     iterator = make(prefetch=2)
     batches = [next(iterator) for _ in range(6)]
-    counters = iterator.counters
+    counters = iterator.counters()
     assert counters["rows"] == 12
     assert counters["examples"] == sum(int(batch.example.max(axis=1).sum()) + 2 for batch in batches)
     assert counters["token_fill"] == pytest.approx(np.mean([batch.example >= 0 for batch in batches]))
@@ -147,7 +147,7 @@ def test_hosts_share_the_stream_without_overlap(make):
             next(iterator)
         state = iterator.get_state()
         read = set(range(shard, state["next"], 2))
-        assert iterator.counters["examples"] == len(read - set(json.loads(state["waiting"])))
+        assert iterator.counters()["examples"] == len(read - set(json.loads(state["waiting"])))
         seen.append(read)
     assert not seen[0] & seen[1]
 
@@ -185,7 +185,7 @@ def test_broken_records_are_skipped_counted_and_logged_once(folder, tmp_path, ma
     with caplog.at_level(logging.WARNING):
         for _ in range(12):
             next(iterator)
-    task, counters = str(copied), iterator.counters
+    task, counters = str(copied), iterator.counters()
     epochs = iterator.get_state()["next"] / (NUM_EXAMPLES - 2)
     assert epochs > 2
     assert counters["skipped"][task]["line"] == 2
@@ -200,7 +200,7 @@ def test_broken_records_are_skipped_counted_and_logged_once(folder, tmp_path, ma
     state, following = iterator.get_state(), next(iterator)
     again = make(copied, packing_buffer=2)
     again.set_state(state)
-    assert again.counters == counters
+    assert again.counters() == counters
     np.testing.assert_equal(next(again), following)
 
 
@@ -247,7 +247,7 @@ def test_an_example_too_large_for_a_row_is_skipped(make):
     iterator = make(row_crops=6, packing_buffer=2)
     while iterator.get_state()["next"] < NUM_EXAMPLES:
         batch = next(iterator)
-    counters = iterator.counters
+    counters = iterator.counters()
     [skipped], [broken] = counters["skipped"].values(), counters["broken"].values()
     assert skipped["size"] > 0 and batch.patches.shape[1] == 6
     assert all("must fit a row of 6 crops" in text for text in broken.values())
@@ -267,7 +267,7 @@ def test_workers_change_nothing_and_one_that_is_killed_is_replaced(make, expecte
     os.kill(second, signal.SIGINT)  # Ctrl-C reaches workers too, and must not end them
     os.kill(first, signal.SIGKILL)
     assert_continues(iterator, expected[3:6])
-    assert iterator.counters["skipped"] == {} and first not in worker_pids()
+    assert iterator.counters()["skipped"] == {} and first not in worker_pids()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -293,27 +293,28 @@ def test_a_record_that_kills_its_process_is_found_and_skipped(folder, tokenizer,
     try:
         while iterator.get_state()["next"] < 2 * NUM_EXAMPLES:
             next(iterator)
-        [broken] = iterator.counters["broken"].values()
+        [broken] = iterator.counters()["broken"].values()
         assert list(broken) == [key] and "ends the process" in broken[key]
         assert json.loads(iterator.get_state()["killers"]) == [[0, index]]
     finally:
         iterator.close()
 
 
+# Without a guard: were it imported again by the workers, they would start workers in turn, and fail.
 KILLED_MAIN = """
 import multiprocessing, pickle, sys, time
 from data_pipelines import pipeline
-if __name__ == "__main__":
-    iterator = pipeline.make_iterator(*pickle.loads(sys.stdin.buffer.read()))
-    next(iterator)
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    time.sleep(60)
+iterator = pipeline.make_iterator(*pickle.loads(sys.stdin.buffer.read()))
+next(iterator)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(60)
 """
 
 
-def test_workers_end_with_a_main_process_that_is_killed(folder, tokenizer):
-    with subprocess.Popen([sys.executable, "-c", KILLED_MAIN], cwd=ROOT, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as main:
+def test_workers_do_not_import_main_and_end_when_it_is_killed(folder, tokenizer, tmp_path):
+    (tmp_path / "main.py").write_text(KILLED_MAIN)
+    with subprocess.Popen([sys.executable, tmp_path / "main.py"], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as main:
         main.stdin.write(pickle.dumps((data_config(folder, num_workers=1), MODEL, INPUTS, tokenizer)))
         main.stdin.close()
         [pid] = map(int, main.stdout.readline().split())
