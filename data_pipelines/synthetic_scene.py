@@ -5,6 +5,7 @@ so the pixel of a point is the rounded point. Later shapes of a scene lie in fro
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 
@@ -88,18 +89,29 @@ def background(rng: np.random.Generator, height: int, width: int, texture: float
     return np.clip(image, 0, 255).astype(np.uint8)
 
 
-def _sprite(shape: Shape, frame: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Returns the coverage (0..255) of a shape, and where its upper left corner lies: column, row."""
-    x, y = shape.centres[frame]
-    reach = int(REACH * shape.radius) + 2
-    left, top = int(math.floor(x)) - reach, int(math.floor(y)) - reach
+@functools.lru_cache(maxsize=512)
+def _stamp(kind: str, radius: float, angle: float, phase: tuple[int, int]) -> tuple[Image.Image, int]:
+    """Returns the coverage (0..255) of a shape whose centre lies phase/SUPERSAMPLING pixels right and below
+    of the centre of pixel [reach, reach], and reach."""
+    reach = int(REACH * radius) + 2
     side = (2 * reach + 2) * SUPERSAMPLING
-    cos, sin = math.cos(shape.angle), math.sin(shape.angle)
-    outline = OUTLINES[shape.kind] @ np.array([[cos, sin], [-sin, cos]]) * shape.radius
-    corners = (outline + (x - left + 0.5, y - top + 0.5)) * SUPERSAMPLING
+    cos, sin = math.cos(angle), math.sin(angle)
+    outline = OUTLINES[kind] @ np.array([[cos, sin], [-sin, cos]]) * radius
+    corners = (outline + reach + 0.5) * SUPERSAMPLING + phase
     canvas = Image.new("L", (side, side))
     ImageDraw.Draw(canvas).polygon(corners.ravel().tolist(), fill=255)
-    return canvas.reduce(SUPERSAMPLING), (left, top)
+    return canvas.reduce(SUPERSAMPLING), reach
+
+
+def _sprite(shape: Shape, frame: int) -> tuple[Image.Image, tuple[int, int]]:
+    """Returns the coverage (0..255) of a shape, and where its upper left corner lies: column, row.
+
+    Shapes move in steps of 1/SUPERSAMPLING pixels, so that few sprites have to be drawn.
+    """
+    (column, phase_x), (row, phase_y) = (divmod(round(float(value) * SUPERSAMPLING), SUPERSAMPLING)
+                                         for value in shape.centres[frame])
+    coverage, reach = _stamp(shape.kind, shape.radius, shape.angle, (phase_x, phase_y))
+    return coverage, (column - reach, row - reach)
 
 
 def draw(scene: Scene) -> Iterator[np.ndarray]:
