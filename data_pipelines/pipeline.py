@@ -160,9 +160,10 @@ class Batches(grain.IterDataset):
         self._errors, self._shard_index = errors, shard_index
         self._sizes = {member.task: len(examples)
                        for member, examples in zip(preparer.members, preparer.examples, strict=True)}
-        # What a state belongs to: it means nothing for other data, or for another share of it.
+        # What a state belongs to: it means nothing for other data, or for another share of it. The folders
+        # may have moved.
         self.origin = {"seed": data.seed, "shard_index": shard_index, "shard_count": shard_count,
-                       "sizes": json.dumps(self._sizes, sort_keys=True)}
+                       "sizes": json.dumps(list(self._sizes.values()))}
 
     def new_ledger(self) -> ledger.Ledger:
         return ledger.Ledger(self._sizes, self.data.max_broken)
