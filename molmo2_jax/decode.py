@@ -2,15 +2,13 @@
 
 A row is the prompt tree of one visual input: the root (BOS and all visual tokens) and one branch per
 question. The root is read once, whatever the number of questions, and its keys and values are kept once.
-New tokens go behind the prompt, step by step, one for each question:
+Each question has its own slots for the tokens of its answer; a new token sees what the last token of its
+question sees, and its own answer:
 
-    slot   0 ........ T-1 | T  T+1 | T+2 T+3 | ...        two questions a, b
-           root aaa bbb . | a  b   | a   b   | ...        (. is padding)
+    prompt   root aaa bbb .        answers   a a a . .       two questions a, b; . is not seen
+                                             b b b . .
 
-A new token sees what the last token of its question sees, and the new tokens of its own answer.
-
-B rows, T prompt tokens, Q questions per row, N new tokens per question, S = T + N*Q cache slots, V base
-vocabulary.
+B rows, T prompt tokens, Q questions per row, N slots for the tokens of an answer, V base vocabulary.
 
 Source: reference, olmo/models/molmo2/molmo2.py (generate), which handles one question at a time with a
 growing cache.
@@ -100,7 +98,7 @@ def at_last(x_BT, last_BQ):
 
 
 def prefill(model: molmo2.Molmo2, params, batch: types.Batch, last_BQ):
-    """Returns (float32[B, Q, V] logits behind each question, text.Cache with S = T)."""
+    """Returns (float32[B, Q, V] logits behind each question, text.Cache of the prompt)."""
     mask = tree_mask.from_batch(batch, model.config.visual_attention)
     x_BTD = model.apply({"params": params}, batch.tokens, batch.patches, batch.pooled, method="embed")
     hidden_BTD, cache = model.apply({"params": params}, x_BTD, batch.positions, mask, method="decode")
@@ -108,32 +106,33 @@ def prefill(model: molmo2.Molmo2, params, batch: types.Batch, last_BQ):
     return logits_BQV, cache
 
 
-def step(model: molmo2.Molmo2, params, tokens_BQ, positions_BQ, where: text.Step, cache: text.Cache):
-    """Returns (float32[B, Q, V] logits behind one new token per question, the cache with it)."""
+def step(model: molmo2.Molmo2, params, tokens_BQ, positions_BQ, where: text.Step, memory: text.Memory):
+    """Returns (float32[B, Q, V] logits behind one new token per question, the memory with it)."""
     x_BQD = model.apply({"params": params}, tokens_BQ, method="embed_tokens")
-    hidden_BQD, cache = model.apply({"params": params}, x_BQD, positions_BQ, where, cache, method="decode")
-    return model.apply({"params": params}, hidden_BQD, method="logits"), cache
+    hidden_BQD, memory = model.apply({"params": params}, x_BQD, positions_BQ, where, memory, method="decode")
+    return model.apply({"params": params}, hidden_BQD, method="logits"), memory
 
 
-def prompt_visible(end_BT, last_BQ):
+def remember(prompt: text.Cache, num_questions: int, num_new: int, dtype: str | None = None) -> text.Memory:
+    """Returns the memory of prompts that were read, with room for answers of `num_new` tokens."""
+    prompt = jax.tree.map(lambda x: x.astype(dtype or x.dtype), prompt)
+    L, B, _, K, H = prompt.k.shape
+    room = jnp.zeros((L, B, num_questions, num_new, K, H), prompt.k.dtype)
+    return text.Memory(prompt, text.Cache(room, room))
+
+
+def seen_of_prompt(end_BT, last_BQ):
     """Returns bool[B, Q, T]: the prompt tokens that each question's last token sees, itself included."""
     position = jnp.arange(end_BT.shape[1])
     last = last_BQ[..., None]
     return (position <= last) & (last < end_BT[:, None])
 
 
-def new_visible(num_questions: int, num_slots: int, count):
-    """Returns bool[Q, num_slots]: the slots behind the prompt that hold the first `count` new tokens of a
-    question."""
-    slot, question = jnp.arange(num_slots), jnp.arange(num_questions)[:, None]
-    return (slot % num_questions == question) & (slot // num_questions < count)
-
-
 class _State(NamedTuple):
     count: jax.Array     # int32[], new tokens per question so far
     answers: Answers
     is_over: jax.Array   # bool[B, Q]
-    cache: text.Cache
+    memory: text.Memory
 
 
 def _append(answers: Answers, is_over_BQ, count, logits_BQV, chosen_BQ, questions: Questions, eos):
@@ -167,11 +166,10 @@ def generate(model: molmo2.Molmo2, params, batch: types.Batch, questions: Questi
 def compiled(model, params, batch, questions, seed, eos, *, num_new, sampling, cache_dtype) -> Answers:
     """The whole of `generate` as one program: prefill, then one while_loop."""
     num_rows, num_questions = questions.last.shape
-    T = batch.tokens.shape[1]
     key = jax.random.key(seed)
     keys_BQ = jax.vmap(jax.vmap(lambda draw: jax.random.fold_in(key, draw)))(questions.draw)
     position_BQ = at_last(batch.positions, questions.last)
-    seen_BQT = prompt_visible(batch.end, questions.last)
+    seen_BQT = seen_of_prompt(batch.end, questions.last)
 
     def pick(logits_BQV, count):
         keys = jax.vmap(lambda k: jax.random.fold_in(k, count))(keys_BQ.reshape(-1))
@@ -180,25 +178,20 @@ def compiled(model, params, batch, questions, seed, eos, *, num_new, sampling, c
 
     def extend(state: _State) -> _State:
         tokens = jax.lax.dynamic_index_in_dim(state.answers.tokens, state.count - 1, 2, keepdims=False)
-        seen_new = new_visible(num_questions, num_new * num_questions, state.count)
-        seen = jnp.concatenate(
-            [seen_BQT, jnp.broadcast_to(seen_new, (num_rows, *seen_new.shape))], axis=-1)
-        where = text.Step(T + (state.count - 1) * num_questions, seen)
-        logits, cache = step(model, params, tokens, position_BQ + state.count, where, state.cache)
+        where = text.Step(seen_BQT, state.count - 1)
+        logits, memory = step(model, params, tokens, position_BQ + state.count, where, state.memory)
         answers, is_over = _append(state.answers, state.is_over, state.count, logits,
                                    pick(logits, state.count), questions, eos)
-        return _State(state.count + 1, answers, is_over, cache)
+        return _State(state.count + 1, answers, is_over, memory)
 
     with jax.named_scope("prefill"):
-        logits, cache = prefill(model, params, batch, questions.last)
-    room = [(0, 0), (0, 0), (0, num_new * num_questions), (0, 0), (0, 0)]
-    cache = jax.tree.map(lambda x: jnp.pad(x.astype(cache_dtype or x.dtype), room), cache)
+        logits, prompt = prefill(model, params, batch, questions.last)
     zeros = jnp.zeros((num_rows, num_questions), jnp.int32)
     answers = Answers(jnp.full((num_rows, num_questions, num_new), eos, jnp.int32), zeros, zeros > 0,
                       zeros.astype(jnp.float32))
     is_over = (questions.last < 0) | (questions.limit < 1)
     answers, is_over = _append(answers, is_over, 0, logits, pick(logits, 0), questions, eos)
+    start = _State(jnp.int32(1), answers, is_over, remember(prompt, num_questions, num_new, cache_dtype))
     with jax.named_scope("decode"):
-        state = jax.lax.while_loop(lambda s: (s.count < num_new) & ~s.is_over.all(), extend,
-                                   _State(jnp.int32(1), answers, is_over, cache))
-    return state.answers
+        return jax.lax.while_loop(
+            lambda s: (s.count < num_new) & ~s.is_over.all(), extend, start).answers

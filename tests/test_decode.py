@@ -135,14 +135,13 @@ def test_prefill_and_decode_equal_one_forward_pass_token_by_token(config):
     batch, last = row(config, tree), np.array([ends_of(tree, 2)])
     logits, cache = jax.jit(decode.prefill, static_argnums=0)(model, params, batch, last)
     np.testing.assert_allclose(logits[0], expected[starts], atol=LOGITS_TOLERANCE)
-    cache = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 12), (0, 0), (0, 0)]), cache)
+    memory = decode.remember(cache, 2, 6)
     step = jax.jit(decode.step, static_argnums=0)
     positions = batch.positions[0, last]
+    seen = decode.seen_of_prompt(batch.end, last)
     for count in range(1, 7):
-        seen = jnp.concatenate([decode.prompt_visible(batch.end, last),
-                                decode.new_visible(2, 12, count)[None]], -1)
-        where = decode.text.Step(jnp.int32(64 + 2 * (count - 1)), seen)
-        logits, cache = step(model, params, forced[None, :, count - 1], positions + count, where, cache)
+        where = decode.text.Step(seen, jnp.int32(count - 1))
+        logits, memory = step(model, params, forced[None, :, count - 1], positions + count, where, memory)
         np.testing.assert_allclose(logits[0], expected[starts + count], atol=LOGITS_TOLERANCE)
 
 

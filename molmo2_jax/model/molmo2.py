@@ -64,10 +64,10 @@ class Molmo2(nn.Module):
             visual_BRD = self.connector(features_BMPA, pooled_BRW)
         return merge(x_BTD, tokens_BT == self.config.special_id("<im_patch>"), visual_BRD)
 
-    def decode(self, x_BTD, positions_BT, mask, cache=None, drop_rate_BT=None, rng=None):
-        """Returns ([B, T, D] hidden states after the final norm, text.Cache)."""
+    def decode(self, x_BTD, positions_BT, mask, memory=None, drop_rate_BT=None, rng=None):
+        """Returns ([B, T, D] hidden states after the final norm, text.Cache; text.Memory if given one)."""
         with jax.named_scope("decoder"):
-            return self.text(x_BTD, positions_BT, mask, cache, drop_rate_BT, rng)
+            return self.text(x_BTD, positions_BT, mask, memory, drop_rate_BT, rng)
 
     def logits(self, hidden_BTD):
         """Returns float32[..., V]; only the base vocabulary can be produced."""

@@ -1,7 +1,7 @@
 """The decoder: pre-norm with per-head q/k norm (Qwen3) or post-norm with full-width q/k norm (OLMo 3).
 
-B batch, T positions, Q answers written at once in a row, S cache slots, L layers, N query heads, K key
-heads, H head width, D width.
+B batch, T positions, Q answers that a row continues at once, S slots for their tokens, L layers, N query
+heads, K key heads, H head width, D width.
 
 Source: reference, olmo/nn/llm.py.
 """
@@ -24,10 +24,16 @@ class Cache(NamedTuple):
     v: jax.Array  # [L, B, S, K, H]
 
 
+class Memory(NamedTuple):
+    """What decoding has read and written: the prompts of all rows, shared by their answers, and these."""
+    prompt: Cache   # [L, B, T, K, H]
+    answers: Cache  # [L, B, Q, S, K, H]
+
+
 class Step(NamedTuple):
-    """Where a decode step writes and what it may see: one new token for each of Q answers of a row."""
-    slot: jax.Array          # int32[], first of Q cache slots in a row, the same in all rows
-    visible_BQS: jax.Array   # bool[B, Q, S], slots that each token attends to, its own included
+    """One new token for each of Q answers of a row: what it sees of the prompt, and its place."""
+    seen_BQT: jax.Array   # bool[B, Q, T]
+    slot: jax.Array       # int32[], the same for all answers; slots up to this one are seen
 
 
 def rope_variants(config: config_lib.TextConfig):
@@ -41,16 +47,17 @@ def rope_variants(config: config_lib.TextConfig):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention. Returns (output, (k, v)): the new keys and values, or the new cache.
+    """Grouped-query self-attention. Returns (output, (k, v)): the new keys and values.
 
-    `cache` is (Cache of all layers, number of this layer).
+    With `memory` (prompt Cache of this layer, answers Cache of all layers, number of this layer), T is Q,
+    the mask is a Step, and the new answers Cache is returned.
     """
     config: config_lib.TextConfig
     dtype: str
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, cos, sin, mask, cache=None):
+    def __call__(self, x_BTD, cos, sin, mask, memory=None):
         c = self.config
 
         def project(name, num_heads, axis):
@@ -66,15 +73,14 @@ class Attention(nn.Module):
         q = layers.rotate(norm("q_norm", project("q", c.num_heads, "heads")), cos, sin)
         k = layers.rotate(norm("k_norm", project("k", c.num_kv_heads, "kv_heads")), cos, sin)
         v = project("v", c.num_kv_heads, "kv_heads")
-        if cache is None:
+        if memory is None:
             out = attend.attend(q, k, v, mask, self.implementation)
         else:
-            cache, layer = cache
-            at = (layer, 0, mask.slot, 0, 0)  # in place: the whole cache is carried, not sliced per layer
-            k, v = (jax.lax.dynamic_update_slice(old, new[None].astype(old.dtype), at)
-                    for old, new in zip(cache, (k, v)))
-            out = attend.attend_visible(q, k[layer].astype(q.dtype), v[layer].astype(q.dtype),
-                                        mask.visible_BQS)
+            prompt, answers, layer = memory
+            at = (layer, 0, 0, mask.slot, 0, 0)  # in place: all layers are carried, not sliced and stacked
+            k, v = (jax.lax.dynamic_update_slice(old, new[None, :, :, None].astype(old.dtype), at)
+                    for old, new in zip(answers, (k, v)))
+            out = attend.attend_answers(q, *prompt, mask.seen_BQT, k[layer], v[layer], mask.slot)
         out = layers.Linear((c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), 2,
                             init_std=c.init_std, dtype=self.dtype, name="o")(out)
         return out, (k, v)
@@ -87,7 +93,7 @@ class Block(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, cos, sin, mask, cache=None, drop_rate_BT=None, rng=None):
+    def __call__(self, x_BTD, cos, sin, mask, memory=None, drop_rate_BT=None, rng=None):
         c = self.config
         rngs = (None, None) if rng is None else jax.random.split(rng)
         std = c.init_std
@@ -97,7 +103,7 @@ class Block(nn.Module):
         attn_norm = layers.RMSNorm(c.width, eps=c.norm_eps, name="attn_norm")
         mlp_norm = layers.RMSNorm(c.width, eps=c.norm_eps, name="mlp_norm")
 
-        h, kv = attention(x_BTD if c.norm_after else attn_norm(x_BTD), cos, sin, mask, cache)
+        h, kv = attention(x_BTD if c.norm_after else attn_norm(x_BTD), cos, sin, mask, memory)
         h = attn_norm(h) if c.norm_after else h
         x_BTD = x_BTD + layers.dropout(h, drop_rate_BT, rngs[0])
         h = mlp(x_BTD if c.norm_after else mlp_norm(x_BTD))
@@ -106,10 +112,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, T, D] embeddings -> ([B, T, D] hidden states after the final norm, Cache).
+    """[B, T, D] embeddings -> ([B, T, D] hidden states after the final norm, keys and values).
 
-    Without a cache the mask is a TreeMask and the result's cache holds the keys and values of the T tokens
-    (unused, the compiler drops it). With a cache T is Q and the mask is a Step.
+    Without a memory the mask is a TreeMask, and the Cache of the T tokens is returned (unused, the compiler
+    drops it). With a memory T is Q, the mask is a Step, and the Memory with the new tokens is returned.
     """
     config: config_lib.TextConfig
     dtype: str = "float32"
@@ -117,7 +123,7 @@ class Decoder(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask, cache: Cache | None = None, drop_rate_BT=None, rng=None):
+    def __call__(self, x_BTD, positions_BT, mask, memory: Memory | None = None, drop_rate_BT=None, rng=None):
         c = self.config
         variants, of_layer = rope_variants(c)
         tables = [layers.rope_tables(positions_BT, *variant) for variant in variants]
@@ -126,20 +132,28 @@ class Decoder(nn.Module):
         dot = jnp.zeros((1, 1, c.width))
         angle = jnp.zeros((1, 1, c.head_dim // 2))
         alone = tree_mask.TreeMask(jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), -1))
-        stack = layers.stacked_params(
-            self, "layers", Block(c, self.dtype, "dense", parent=None), c.num_layers, dot, angle, angle, alone)
+        stack = layers.stacked_params(self, "layers", Block(c, self.dtype, "dense", parent=None),
+                                      c.num_layers, dot, angle, angle, alone)
 
-        def body(carry, per_layer):
-            x, cache = carry
-            params, variant, layer, key = per_layer
-            layer_cache = None if cache is None else (cache, layer)
-            x, kv = block.apply({"params": params}, x, cos_VBTh[variant], sin_VBTh[variant], mask,
-                                layer_cache, drop_rate_BT, key)
-            return ((x, None), kv) if cache is None else ((x, Cache(*kv)), None)
+        def run(x, params, variant, *rest):
+            return block.apply({"params": params}, x, cos_VBTh[variant], sin_VBTh[variant], mask, *rest)
 
-        keys = None if rng is None else jax.random.split(rng, c.num_layers)
-        per_layer = (stack, jnp.asarray(of_layer), jnp.arange(c.num_layers), keys)
-        (x_BTD, cache), kv = layers.run_stack(body, (x_BTD, cache), per_layer,
-                                              self.remat if cache is None else "none")
-        kv = Cache(*kv) if cache is None else cache
-        return layers.RMSNorm(c.width, eps=c.norm_eps, name="final_norm")(x_BTD), kv
+        def read(x, per_layer):
+            params, variant, key = per_layer
+            return run(x, params, variant, None, drop_rate_BT, key)
+
+        def extend(carry, per_layer):
+            x, answers = carry
+            params, variant, prompt, layer = per_layer
+            x, answers = run(x, params, variant, (prompt, answers, layer))
+            return (x, Cache(*answers)), None
+
+        if memory is None:
+            keys = None if rng is None else jax.random.split(rng, c.num_layers)
+            x_BTD, kv = layers.run_stack(read, x_BTD, (stack, jnp.asarray(of_layer), keys), self.remat)
+            kept = Cache(*kv)
+        else:
+            per_layer = (stack, jnp.asarray(of_layer), memory.prompt, jnp.arange(c.num_layers))
+            (x_BTD, answers), _ = layers.run_stack(extend, (x_BTD, memory.answers), per_layer, "none")
+            kept = memory._replace(answers=answers)
+        return layers.RMSNorm(c.width, eps=c.norm_eps, name="final_norm")(x_BTD), kept
