@@ -1,0 +1,285 @@
+"""(video or images, questions) -> text, points and tracks, with the inputs that training uses.
+
+All questions about one visual input share one prefill (decode.py). Shapes are rounded up to a few sizes, so
+that a program is compiled once per size and not once per clip.
+
+T tokens of a row, M crops, R visual tokens, W patches per visual token, Q questions per row.
+"""
+
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from molmo2_jax import config as configs
+from molmo2_jax import decode
+from molmo2_jax import types
+from molmo2_jax.hf import checkpoint as hf_checkpoint
+from molmo2_jax.inputs import media
+from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import points as points_lib
+from molmo2_jax.inputs import sequence as sequences
+from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.model import molmo2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """A conversation that asks for its next turn: a prompt, or prompt, answer, prompt ...
+
+    `about` is the caller's and comes back untouched.
+    """
+    turns: tuple[str, ...]
+    max_new_tokens: int | None = None   # None: the answerer's
+    about: Any = None
+
+    def __post_init__(self):
+        if len(self.turns) % 2 != 1:
+            raise ValueError(f"a question must have an odd number of turns; got {len(self.turns)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said, and what can be read from it.
+
+    points: of all tags; index is the image number (from 1) or the time in seconds; pixels of the source.
+    tracks: of <tracks> tags, by time.
+    is_complete: whether the model ended the answer itself, within the limit of new tokens.
+    seconds: "read" the media, "answer" all questions of the same device call.
+    """
+    text: str
+    points: tuple[points_lib.Point, ...] = ()
+    tracks: tuple[points_lib.Tracked, ...] = ()
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    is_complete: bool = True
+    logprob: float = 0.0
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def __str__(self):
+        lines = [f"  {point.id} at ({point.x:.0f}, {point.y:.0f}), {point.index:g}" for point in self.points]
+        return "\n".join([self.text, *lines])
+
+
+class Prompt(NamedTuple):
+    """The questions about one visual input as one message tree."""
+    tree: types.Sequence
+    last: tuple[int, ...]          # position in the tree of each question's last token
+    questions: tuple[Question, ...]
+    view: media.View               # Frames without pixels, or sizes of images
+    read_seconds: float
+
+
+class Shape(NamedTuple):
+    """Fixed sizes of a row."""
+    T: int
+    M: int
+    R: int
+    Q: int
+
+    def covers(self, other: "Shape") -> bool:
+        return all(mine >= its for mine, its in zip(self, other))
+
+
+def round_up(size: int, least: int = 1) -> int:
+    """Returns the smallest of 0, least, 1.5 least, 2 least, 3 least, 4 least, 6 least ... >= size."""
+    if size <= 0:
+        return 0
+    power = least << max(0, math.ceil(math.log2(size / least)))
+    smaller = power * 3 // 4
+    return smaller if power > least and smaller >= size else power
+
+
+def shape_of(prompt: Prompt) -> Shape:
+    """Returns the rounded sizes that a prompt needs."""
+    tree = prompt.tree
+    return Shape(round_up(len(tree.tokens), 128), round_up(len(tree.patches)), round_up(len(tree.pooled), 16),
+                 round_up(len(prompt.last)))
+
+
+def question_tree(crops: types.Crops | None, questions: Sequence[Question],
+                  tokenizer: tokenizers.Tokenizer) -> tuple[types.Sequence, tuple[int, ...]]:
+    """Returns (a tree with one branch per question, the position of each question's last token).
+
+    Each branch holds the tokens and positions that the question has in a sequence of its own.
+
+    Raises:
+      ValueError: there is no question, or one holds special tokens of the model.
+    """
+    if not questions:
+        raise ValueError("at least one question is needed; got none")
+    root = 1 if crops is None else 1 + len(crops.tokens)  # BOS and the visual tokens
+    first = sequences.build(crops, [types.Branch(turns=questions[0].turns)], tokenizer)
+    branches = [first.tokens[root:]]
+    for question in questions[1:]:
+        alone = sequences.build(None, [types.Branch(turns=question.turns)], tokenizer)
+        branches.append(alone.tokens[1:])
+    lengths = [len(branch) for branch in branches]
+    tokens = np.concatenate([first.tokens[:root], *branches])
+    positions = np.concatenate([np.arange(root), *(root + np.arange(length) for length in lengths)])
+    branch = np.repeat(np.arange(-1, len(branches)), [root, *lengths])
+    image = np.full(len(tokens), -1, np.int32)
+    image[:root] = first.image[:root]
+    tree = dataclasses.replace(
+        first, tokens=tokens, targets=np.zeros_like(tokens), weights=np.zeros(len(tokens), np.float32),
+        positions=positions.astype(np.int32), branch=branch.astype(np.int32), image=image)
+    return tree, tuple(int(end) for end in root + np.cumsum(lengths) - 1)
+
+
+class Answerer:
+    """A model ready to answer: configs, parameters on the devices, tokenizer, way of sampling.
+
+    shapes: the row sizes compiled so far.
+    """
+
+    def __init__(self, params, config: configs.Molmo2Config, inputs: configs.InputConfig,
+                 tokenizer: tokenizers.Tokenizer, *, max_new_tokens: int = 512,
+                 sampling: decode.Sampling = decode.GREEDY, dtype: str = "float32",
+                 cache_dtype: str | None = None):
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1; got {max_new_tokens}")
+        self.config, self.inputs, self.tokenizer = config, inputs, tokenizer
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.shapes: set[Shape] = set()
+        self._model = molmo2.Molmo2(config, dtype=dtype, remat="none")
+        self._params = jax.device_put(params)
+        self._cache_dtype = cache_dtype
+        windows = (config.connector.image_window, config.connector.video_window)
+        self._window = max(math.prod(window) for window in windows)
+
+    def answer(self, example: types.Example, questions: Sequence[Question | str]) -> list[Answer]:
+        """Returns the answers to questions about one visual input; its annotations are not read.
+
+        Raises:
+          ValueError: the media cannot be read, or media, question and answer do not fit the model.
+        """
+        return self.run([self.prompt(example, questions)])[0]
+
+    def prompt(self, example: types.Example, questions: Sequence[Question | str]) -> Prompt:
+        """Returns the questions about one visual input, ready for `run`; raises as `answer`."""
+        start = time.perf_counter()
+        crops, view = self.see(example)
+        return self.ask(crops, view, questions, time.perf_counter() - start)
+
+    def see(self, example: types.Example) -> tuple[types.Crops | None, media.View]:
+        """Returns the crops of the media and what answers are relative to."""
+        crops, view = media.see(example, self.config, self.inputs, self.tokenizer)
+        if isinstance(view, types.Frames):
+            view = dataclasses.replace(view, pixels=view.pixels[:0])
+        return crops, view
+
+    def ask(self, crops, view: media.View, questions, read_seconds: float = 0.0) -> Prompt:
+        """Returns the prompt of questions about media that were seen; raises as `answer`."""
+        questions = tuple(Question(turns=(one,)) if isinstance(one, str) else one for one in questions)
+        tree, last = question_tree(crops, questions, self.tokenizer)
+        prompt = Prompt(tree, last, questions, view, read_seconds)
+        self._check_length(prompt)
+        return prompt
+
+    def run(self, prompts: Sequence[Prompt], shape: Shape | None = None, rows: int | None = None,
+            draws: Sequence[int] | None = None) -> list[list[Answer]]:
+        """Returns the answers to each prompt's questions; one device call.
+
+        Args:
+          shape: sizes of a row, at least those of every prompt; None: the smallest rounded ones.
+          rows: of the batch; those behind the prompts stay empty. None: one per prompt.
+          draws: number of each prompt's first question; with the seed it decides what is sampled. None:
+            questions are counted through.
+        """
+        start = time.perf_counter()
+        shape = shape or Shape(*(max(sizes) for sizes in zip(*map(shape_of, prompts))))
+        self.shapes.add(shape)
+        batch, wanted = self._batch(prompts, shape, rows or len(prompts), draws)
+        answers = decode.generate(self._model, self._params, batch, wanted, eos=self.tokenizer.eos_id,
+                                  num_new=round_up(self.max_new_tokens, 32), sampling=self.sampling,
+                                  cache_dtype=self._cache_dtype)
+        answers = jax.device_get(answers)
+        seconds = time.perf_counter() - start
+        return [[self._read(prompt, answers, row, q, seconds) for q in range(len(prompt.questions))]
+                for row, prompt in enumerate(prompts)]
+
+    def _batch(self, prompts, shape: Shape, rows: int, draws: Sequence[int] | None):
+        patch_shape = (self.config.vision.num_patches, self.config.vision.patch_values)
+        trees = [[prompt.tree] for prompt in prompts] + [[]] * (rows - len(prompts))
+        batch = packing.stack([packing.join(tree, T=shape.T, M=shape.M, R=shape.R, W=self._window,
+                                            patch_shape=patch_shape) for tree in trees])
+        counts = [len(prompt.questions) for prompt in prompts]
+        draws = np.cumsum([0, *counts[:-1]]) if draws is None else draws
+        last, limit, draw = (np.full((rows, shape.Q), fill, np.int32) for fill in (-1, 0, 0))
+        for row, prompt in enumerate(prompts):
+            count = counts[row]
+            last[row, :count] = prompt.last
+            limit[row, :count] = [self._limit(question) for question in prompt.questions]
+            draw[row, :count] = draws[row] + np.arange(count)
+        return batch, decode.Questions(last, limit, draw)
+
+    def _limit(self, question: Question) -> int:
+        wanted = question.max_new_tokens
+        return self.max_new_tokens if wanted is None else min(wanted, self.max_new_tokens)
+
+    def _check_length(self, prompt: Prompt) -> None:
+        """Raises ValueError if the longest question and its answer have no positions left."""
+        limit, tree = self.config.text.max_positions, prompt.tree
+        needed = [int(tree.positions[last]) + 1 + self._limit(question)
+                  for last, question in zip(prompt.last, prompt.questions)]
+        worst = int(np.argmax(needed))
+        if needed[worst] <= limit:
+            return
+        root = int((tree.branch < 0).sum())
+        new = self._limit(prompt.questions[worst])
+        remedy = "shorten the question or lower max_new_tokens"
+        if isinstance(prompt.view, types.Frames):
+            remedy = f"lower max_frames (now {len(prompt.view.seconds)} frames) or max_new_tokens"
+        elif prompt.view:
+            remedy = f"lower max_crops (now {self.inputs.max_crops} per image), images or max_new_tokens"
+        raise ValueError(
+            f"prompt and answer must fit {limit} positions; got {needed[worst]} tokens ({root} for the "
+            f"visual input, {needed[worst] - root - new} for the question, {new} for the answer): {remedy}")
+
+    def _read(self, prompt: Prompt, answers: decode.Answers, row: int, q: int, seconds: float) -> Answer:
+        length = int(answers.length[row, q])
+        text = self.tokenizer.decode(answers.tokens[row, q, :length])
+        found, tracks = read_points(text, prompt.view)
+        return Answer(
+            text=text, points=found, tracks=tracks, is_complete=bool(answers.ended[row, q]),
+            prompt_tokens=int(prompt.tree.positions[prompt.last[q]]) + 1, new_tokens=length,
+            logprob=float(answers.logprob[row, q]),
+            seconds={"read": prompt.read_seconds, "answer": seconds})
+
+
+def read_points(text: str, view: media.View) -> tuple[tuple[points_lib.Point, ...],
+                                                      tuple[points_lib.Tracked, ...]]:
+    """Returns (points, tracks) in an answer, in pixels of the video or of the image they name."""
+    if isinstance(view, types.Frames):
+        found = points_lib.parse_points(text, view.width, view.height)
+        tracks = points_lib.parse_tracks(text, view.width, view.height, view.fps) if "<tracks" in text else ()
+        return tuple(found), tuple(tracks)
+    return tuple(points_lib.parse_points(text, sizes=view)) if view else (), ()
+
+
+def answer(params, config: configs.Molmo2Config, inputs: configs.InputConfig,
+           tokenizer: tokenizers.Tokenizer, prompt: str, *, video: str | None = None,
+           images: Sequence[str] = (), **options) -> Answer:
+    """Returns the answer to one question; `options` are those of Answerer, which serves many.
+
+    Raises:
+      ValueError: the media cannot be read, or media, question and answer do not fit the model.
+    """
+    example = types.Example(annotations=(), video=video, images=tuple(images))
+    return Answerer(params, config, inputs, tokenizer, **options).answer(example, [prompt])[0]
+
+
+def load(folder: str | pathlib.Path, **options) -> Answerer:
+    """Returns the model in a Hugging Face folder; `options` are those of Answerer.
+
+    Raises:
+      ValueError: the folder is incomplete or its parts contradict each other.
+    """
+    params, config, inputs = hf_checkpoint.import_checkpoint(folder)
+    tokenizer = tokenizers.Tokenizer.from_file(folder, config.text.vocab_size)
+    return Answerer(params, config, inputs, tokenizer, **options)

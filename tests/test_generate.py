@@ -1,0 +1,207 @@
+"""Media and questions in, answers out: shared roots, mixed batches, refusals, what is read from the text."""
+
+import dataclasses
+import functools
+
+import av
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo2_jax import config as config_lib
+from molmo2_jax import decode
+from molmo2_jax import generate
+from molmo2_jax import state
+from molmo2_jax import types
+from molmo2_jax.hf import checkpoint as hf_checkpoint
+from molmo2_jax.inputs import sequence as sequences
+from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.model import molmo2
+
+LOGPROB_TOLERANCE = 1e-4  # sums of 12 log-probabilities, size 60; measured 2e-5
+NANO = config_lib.nano()
+CONFIG = dataclasses.replace(
+    NANO, vision=dataclasses.replace(NANO.vision, num_layers=1, width=32, mlp_width=64),
+    connector=dataclasses.replace(NANO.connector, taps=(0,), num_heads=2, mlp_width=64),
+    text=dataclasses.replace(NANO.text, num_layers=2, width=32, head_dim=8, mlp_width=64, max_positions=600))
+INPUTS = config_lib.InputConfig(max_crops=2, max_frames=6, overlap_margins=(1, 1))
+NEW = 12
+SHAPE = generate.Shape(T=384, M=8, R=256, Q=3)  # one compiled program for most tests
+
+
+@functools.lru_cache
+def tokenizer():
+    corpus = ['Point to the red circle. <points coords="0.5 1 123 456">red circle</points>'] * 3
+    return tokenizers.train_small(corpus, CONFIG.text.vocab_size)
+
+
+@functools.lru_cache
+def params():
+    """Returns random parameters; drawn with numpy, because compiling the initialisation takes seconds."""
+    model = molmo2.Molmo2(CONFIG)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), state.smallest_batch(model))
+    shapes = nn.meta.unbox(shapes)["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: np.float32(path[-1].key == "scale")
+        + (0.2 * rng.normal(size=leaf.shape)).astype(np.float32), shapes)
+
+
+@functools.lru_cache
+def answerer():
+    return generate.Answerer(params(), CONFIG, INPUTS, tokenizer(), max_new_tokens=NEW)
+
+
+def write_video(path, seed=0, num_frames=12, size=(48, 64)):
+    rng = np.random.default_rng(seed)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=6, options={"preset": "ultrafast", "crf": "10"})
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for _ in range(num_frames):
+            coarse = rng.integers(0, 256, (6, 8, 3)).astype(np.uint8)
+            pixels = np.asarray(Image.fromarray(coarse).resize(size[::-1]))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def write_image(path, seed=0, size=(50, 80)):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)).save(path)
+    return str(path)
+
+
+def example(**fields):
+    return types.Example(annotations=(), **fields)
+
+
+def run(*pairs):
+    """Returns the answers to (example, prompts) pairs in one batch of SHAPE."""
+    return answerer().run([answerer().prompt(*pair) for pair in pairs], SHAPE, rows=4)
+
+
+def same(answer, other):
+    assert answer.text == other.text and answer.new_tokens == other.new_tokens
+    assert abs(answer.logprob - other.logprob) < LOGPROB_TOLERANCE
+
+
+def test_a_tree_of_questions_holds_each_as_it_stands_alone(tmp_path):
+    crops, _ = answerer().see(example(video=write_video(tmp_path / "a.mp4")))
+    questions = [generate.Question(turns=("Where is it?",)),
+                 generate.Question(turns=("How many?", "2", "Which colours?"))]
+    tree, last = generate.question_tree(crops, questions, tokenizer())
+    for number, question in enumerate(questions):
+        alone = sequences.build(crops, [types.Branch(turns=question.turns)], tokenizer())
+        keep = (tree.branch == -1) | (tree.branch == number)
+        for field in ("tokens", "positions", "image"):
+            np.testing.assert_array_equal(getattr(tree, field)[keep], getattr(alone, field))
+        assert last[number] == np.flatnonzero(keep)[-1]
+    assert (tree.branch == -1).sum() == 1 + len(crops.tokens)
+
+
+def test_questions_share_the_media_and_get_the_answers_they_get_alone(tmp_path):
+    clip = example(video=write_video(tmp_path / "a.mp4"))
+    prompts = ["Point to the red circle.", "What?", "How many blue squares are there in the video?"]
+    together, = run((clip, prompts))
+    for prompt, answer in zip(prompts, together):
+        same(answer, run((clip, [prompt]))[0][0])
+    assert [one.new_tokens for one in together] == [NEW] * 3 and len({one.text for one in together}) == 3
+
+
+def test_a_batch_mixes_videos_images_and_text(tmp_path):
+    examples = [example(video=write_video(tmp_path / "a.mp4"), clip=(0.0, 0.8)),
+                example(images=(write_image(tmp_path / "a.png"),)),
+                example(images=(write_image(tmp_path / "b.png", 1), write_image(tmp_path / "c.png", 2))),
+                example()]
+    answers = run(*((one, ["What is this?"]) for one in examples))
+    for one, (answer,) in zip(examples, answers):
+        same(answer, run((one, ["What is this?"]))[0][0])
+    sizes = [answer.prompt_tokens for (answer,) in answers]
+    assert len(set(sizes)) == 4 and min(sizes) == sizes[3]
+
+
+def test_one_call_answers_one_prompt(tmp_path):
+    path = write_image(tmp_path / "a.png")
+    answer = generate.answer(params(), CONFIG, INPUTS, tokenizer(), "What?", images=(path,),
+                             max_new_tokens=NEW)
+    same(answer, run((example(images=(path,)), ["What?"]))[0][0])
+    assert str(answer).startswith(answer.text)
+
+
+def saying(monkeypatch, text):
+    """Makes the model say `text` to every question."""
+    said = tokenizer().encode(text) + [tokenizer().eos_id]
+
+    def generated(model, params, batch, questions, *, num_new, **_):
+        shape = questions.last.shape
+        tokens = np.broadcast_to(np.array(said, np.int32), (*shape, len(said)))
+        return decode.Answers(tokens, np.full(shape, len(said)), np.ones(shape, bool), np.zeros(shape))
+
+    monkeypatch.setattr(decode, "generate", generated)
+
+
+def test_points_come_in_pixels_and_seconds_of_the_source(tmp_path, monkeypatch):
+    saying(monkeypatch, '<points coords="0.5 1 500 250;1.0 2 000 1000">dog</points>')
+    answer = answerer().answer(example(video=write_video(tmp_path / "a.mp4")), ["Point."])[0]
+    assert answer.points == ((0.5, "1", 32.0, 12.0), (1.0, "2", 0.0, 48.0)) and answer.tracks == ()
+    assert answer.is_complete and "1 at (32, 12), 0.5" in str(answer)
+    saying(monkeypatch, '<points coords="1 1 500 500;2 2 100 100;3 3 100 100">dog</points>')
+    two = (write_image(tmp_path / "a.png"), write_image(tmp_path / "b.png", size=(40, 20)))
+    found = answerer().answer(example(images=two), ["Point."])[0].points
+    assert found == ((1, "1", 40.0, 25.0), (2, "2", 2.0, 4.0))  # there is no third image
+
+
+def test_tracks_come_with_frames_of_the_source(tmp_path, monkeypatch):
+    saying(monkeypatch, '<tracks coords="0.0 1 500 500;1.0 1 250 250 2 000 000">dog</tracks>')
+    answer = answerer().answer(example(video=write_video(tmp_path / "a.mp4")), ["Track."])[0]
+    assert [one.frame for one in answer.tracks] == [0, 6]
+    assert answer.tracks[1].points == {"1": (16.0, 12.0), "2": (0.0, 0.0)}
+
+
+def test_an_input_beyond_the_positions_is_refused_with_what_to_lower(tmp_path):
+    long = generate.Answerer(params(), CONFIG, INPUTS, tokenizer(), max_new_tokens=590)
+    with pytest.raises(ValueError, match=r"fit 600 positions; got \d+ tokens .*lower max_frames \(now 5"):
+        long.prompt(example(video=write_video(tmp_path / "a.mp4")), ["What?"])
+    with pytest.raises(ValueError, match=r"lower max_crops \(now 2 per image"):
+        long.prompt(example(images=(write_image(tmp_path / "a.png"),)), ["What?"])
+    with pytest.raises(ValueError, match="shorten the question"):
+        answerer().prompt(example(), ["many words " * 300])
+    short = generate.Question(turns=("What?",), max_new_tokens=5)
+    assert long.prompt(example(images=(write_image(tmp_path / "a.png"),)), [short]).questions == (short,)
+
+
+def test_unreadable_media_and_wrong_questions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        answerer().answer(example(video=str(tmp_path / "none.mp4")), ["What?"])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="empty.mp4"):
+        answerer().answer(example(video=str(tmp_path / "empty.mp4")), ["What?"])
+    with pytest.raises(ValueError, match="special tokens"):
+        answerer().answer(example(), ["<im_patch>"])
+    with pytest.raises(ValueError, match="at least one question"):
+        answerer().answer(example(), [])
+    with pytest.raises(ValueError, match="odd number of turns; got 2"):
+        generate.Question(turns=("What?", "That."))
+
+
+def test_clips_of_similar_size_share_one_compilation(tmp_path):
+    one = answerer()
+    for seed, frames in ((0, 10), (1, 11), (2, 12)):
+        clip = example(video=write_video(tmp_path / f"{seed}.mp4", seed, frames))
+        one.answer(clip, ["What?", "Where is it?"])
+        if not seed:
+            before = decode.compiled._cache_size()
+    assert decode.compiled._cache_size() == before
+
+
+def test_sizes_are_rounded_to_two_steps_per_octave():
+    assert [generate.round_up(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 13)] == [0, 1, 2, 3, 4, 6, 6, 8, 12, 16]
+    assert [generate.round_up(n, 128) for n in (1, 128, 129, 193, 300, 700)] == [128, 128, 192, 256, 384, 768]
+
+
+def test_a_hugging_face_folder_gives_the_same_answers(tmp_path):
+    hf_checkpoint.export_checkpoint(params(), CONFIG, INPUTS, tokenizer(), tmp_path / "hf")
+    loaded = generate.load(tmp_path / "hf", max_new_tokens=NEW)
+    clip = example(video=write_video(tmp_path / "a.mp4"))
+    same(loaded.answer(clip, ["What?", "Where is it?"])[0], run((clip, ["What?"]))[0][0])
