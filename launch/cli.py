@@ -24,6 +24,15 @@ _WORKDIR = flags.DEFINE_string(
 _TRACEBACK = flags.DEFINE_bool(
     "traceback", False, "Show where in the code a mistake was noticed.")
 
+
+# Flags that several commands have; each declares the ones it reads as its own (declare_key_flag).
+MODEL = flags.DEFINE_string("model", None, "Work directory of a run, or a Hugging Face folder.")
+OUTPUT = flags.DEFINE_string("output", None, "Folder or file to write.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest answer.", lower_bound=1)
+DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of the computation, or of exported weights.")
+SEED = flags.DEFINE_integer("seed", 0, "Decides whatever is drawn at random.")
+
 USER_ERROR = 2    # exit status for what a user can correct
 INTERRUPTED = 130
 

@@ -18,11 +18,9 @@ from launch import trained
 from molmo2_jax import checkpoint
 from molmo2_jax.hf import checkpoint as hf_checkpoint
 
-_MODEL = flags.DEFINE_string("model", None, "Folder to read: a work directory or a Hugging Face folder.")
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the exported weights.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing output folder.")
-flags.declare_key_flag("traceback")
+for _name in ("model", "output", "dtype", "traceback"):
+    flags.declare_key_flag(_name)
 
 
 def main(arguments: list[str]) -> None:
@@ -30,15 +28,15 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 1 or arguments[0] not in commands:
         raise ValueError(f"launch.convert takes one of the words {' or '.join(commands)}; "
                          f"got {' '.join(arguments) or 'none'}")
-    if not (_MODEL.value and _OUTPUT.value):
+    if not (cli.MODEL.value and cli.OUTPUT.value):
         raise ValueError("--model must name the folder to read and --output the one to write")
-    source = trained.load(_MODEL.value)
-    commands[arguments[0]](source, pathlib.Path(_OUTPUT.value))
+    source = trained.load(cli.MODEL.value)
+    commands[arguments[0]](source, pathlib.Path(cli.OUTPUT.value))
 
 
 def export_model(source: trained.Trained, output: pathlib.Path) -> None:
     hf_checkpoint.export_checkpoint(source.params, source.model, source.inputs, source.tokenizer, output,
-                                    dtype=_DTYPE.value, overwrite=_OVERWRITE.value)
+                                    dtype=cli.DTYPE.value, overwrite=_OVERWRITE.value)
 
 
 def import_model(source: trained.Trained, output: pathlib.Path) -> None:

@@ -74,7 +74,7 @@ install() {
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null ||
       fail "$VENV has no pip; remove that folder and run this again"
     step "installing the package and its dependencies into $VENV (takes a minute or two)" \
-      "$PYTHON" -m pip install --quiet --disable-pip-version-check \
+      "$PYTHON" -m pip install -qq --disable-pip-version-check \
       --editable "$ROOT${extra:+[$extra]}"
     echo "$wanted" >"$VENV/installed-$extra"
   fi

@@ -4,10 +4,12 @@
 
 Ctrl-C and SIGTERM save and end the run; the same command continues it with the next batch. The work
 directory receives checkpoints, metrics.jsonl, TensorBoard files, the tokenizer and config.gin, the
-record of every setting.
+record of every setting. Paths in flags are relative to the current folder, paths in configurations
+to the root of the repository.
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 
@@ -24,24 +26,26 @@ from molmo2_jax.inputs import tokenizer as tokenizers
 
 _INIT_FROM = flags.DEFINE_string(
     "init_from", None, "Work directory or Hugging Face folder whose weights the first step starts from.")
-flags.adopt_module_key_flags(cli)
+for _name in ("gin_file", "gin", "workdir", "traceback"):
+    flags.declare_key_flag(_name)
 
 
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
     config = cli.resolve("tokenizer", "data", "optim", "train")
-    workdir = cli.workdir()
-    tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer, config.model.text.vocab_size)
-    tokenizer.save(workdir)
-    for line in record.save(workdir, record.gin_text(config)):
-        print(f"setting changed since the last start: {line}")
-    batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer)
-    with contextlib.closing(batches):
-        result = train.fit(
-            model_config=config.model, config=config.train, optimiser=config.optim,
-            mesh=sharding.make_mesh(config.mesh), batches=batches, workdir=str(workdir),
-            params=_first_params(config))
-        _report(workdir, result, batches.counters())
+    workdir, params = cli.workdir().absolute(), _first_params(config)
+    with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
+        tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer, config.model.text.vocab_size)
+        batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer)
+        tokenizer.save(workdir)
+        for line in record.save(workdir, record.gin_text(config)):
+            print(f"setting changed since the last start: {line}")
+        with contextlib.closing(batches):
+            result = train.fit(
+                model_config=config.model, config=config.train, optimiser=config.optim,
+                mesh=sharding.make_mesh(config.mesh), batches=batches, workdir=str(workdir),
+                params=params)
+            _report(workdir, result, batches.counters())
 
 
 def _first_params(config: run.RunConfig):
@@ -49,10 +53,17 @@ def _first_params(config: run.RunConfig):
     if not _INIT_FROM.value:
         return None
     source = trained.load(_INIT_FROM.value)
-    if source.model != config.model:
-        raise ValueError(f"--init_from must have the sizes of this run, {config.model}; "
-                         f"got {source.model}")
+    wanted, got = (_sizes(dataclasses.asdict(model)) for model in (config.model, source.model))
+    if wanted != got:
+        raise ValueError(f"--init_from must hold a model of the sizes of this run, {wanted}; got {got}")
     return source.params
+
+
+def _sizes(values: dict) -> dict:
+    """Returns a model's values without those that no parameter depends on."""
+    free = ("init_std", "embedding_init_std", "position_init_std", "max_positions", "visual_attention")
+    return {name: _sizes(value) if isinstance(value, dict) else value
+            for name, value in values.items() if name not in free}
 
 
 def _report(workdir: pathlib.Path, result: train.Result, counters: dict) -> None:

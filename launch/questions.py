@@ -1,0 +1,41 @@
+"""Annotations as questions with known answers: joins the formats and scores of data_pipelines, which
+know no model, to molmo2_jax.evaluate, which knows no annotations."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipelines import formats
+from data_pipelines.scoring import suite
+from molmo2_jax import evaluate
+from molmo2_jax import generate
+from molmo2_jax import types
+from molmo2_jax.inputs import media
+
+WITHOUT_SCORE = ("caption", "chat")
+
+
+def ask(example: types.Example, view: media.View) -> list[generate.Question]:
+    """Returns what the annotations that have a score ask, in plain wording; `about` is the annotation.
+
+    Raises:
+      ValueError: an annotation does not fit the media.
+    """
+    found = formats.format_example(example, frames_or_sizes=view, rng=np.random.default_rng(0),
+                                   train=False)
+    pairs = zip(found.branches, (example.annotations[number] for number in found.annotations),
+                strict=True)
+    return [generate.Question(turns=branch.turns[:-1], about=annotation)
+            for branch, annotation in pairs if annotation["type"] not in WITHOUT_SCORE]
+
+
+def score(answered: Sequence[evaluate.Answered]) -> dict[str, float]:
+    """Returns the scores of data_pipelines.scoring.suite for answers to questions of `ask`."""
+    return suite.score([_for_suite(one) for one in answered])
+
+
+def _for_suite(one: evaluate.Answered) -> suite.Answered:
+    is_video = isinstance(one.view, types.Frames)
+    sizes = ((one.view.width, one.view.height),) if is_video else tuple(one.view)
+    return suite.Answered(annotation=one.question.about, answer=one.answer.text, sizes=sizes,
+                          duration=one.view.duration if is_video else None)

@@ -1,0 +1,161 @@
+"""The mains on a tiny random model: from a Hugging Face folder to answers, scores and another folder."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from data_pipelines import formats
+from data_pipelines import masks
+from data_pipelines import sources
+from launch import cli
+from launch import convert
+from launch import evaluate
+from launch import generate
+from launch import questions
+from launch import trained
+from molmo2_jax import config as config_lib
+from molmo2_jax import evaluate as evaluate_lib
+from molmo2_jax import generate as generate_lib
+from molmo2_jax import state
+from molmo2_jax import types
+from molmo2_jax.hf import checkpoint as hf_checkpoint
+from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.model import molmo2
+
+NANO = config_lib.nano()
+MODEL = dataclasses.replace(
+    NANO, vision=dataclasses.replace(NANO.vision, num_layers=1, width=32, mlp_width=64),
+    connector=dataclasses.replace(NANO.connector, taps=(0,), num_heads=2, mlp_width=64),
+    text=dataclasses.replace(NANO.text, num_layers=1, width=32, head_dim=8, mlp_width=64))
+INPUTS = config_lib.InputConfig(max_crops=1, high_res_crops=1, max_frames=4, overlap_margins=(1, 1))
+SIZE = (64, 48)
+ANNOTATIONS = [
+    {"type": "points", "label": "red circle", "points": [{"x": 10.0, "y": 20.0}]},
+    {"type": "choice", "question": "Which colour?", "options": ["red", "blue"], "answer": 1},
+    {"type": "qa", "question": "Is there a circle?", "answer": "Yes."},
+    {"type": "caption", "text": "A red circle."},
+]
+
+
+@pytest.fixture(autouse=True)
+def flags_as_before():
+    with flagsaver.flagsaver():
+        yield
+    flags.FLAGS.mark_as_parsed()
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A random model in the Hugging Face format; its parameters are drawn without compiling anything."""
+    model = molmo2.Molmo2(MODEL)
+    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), state.smallest_batch(model)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(np.float32),
+                          shapes["params"])
+    tokenizer = tokenizers.train_small(["Point to the red circle."], MODEL.text.vocab_size)
+    folder = tmp_path_factory.mktemp("model") / "hf"
+    return hf_checkpoint.export_checkpoint(params, MODEL, INPUTS, tokenizer, folder)
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    Image.new("RGB", SIZE, (200, 30, 30)).save(folder / "a.png")
+    disk = np.hypot(*(np.mgrid[:SIZE[1], :SIZE[0]] - np.array([[[20]], [[10]]]))) < 5
+    record = {"images": ["a.png"], "annotations": ANNOTATIONS, "size": [SIZE],
+              "masks": [{"id": 1} | masks.encode(disk)]}
+    (folder / "annotations.jsonl").write_text(json.dumps(record) + "\n")
+    return folder
+
+
+def start(main, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.start(main, ["command", *map(str, arguments)])
+    return caught.value.code or 0
+
+
+def test_generate_prints_an_answer_as_json(model_folder, data_folder, capsys):
+    image = data_folder / "a.png"
+    assert start(generate.main, f"--model={model_folder}", f"--image={image}", "--json",
+                 "--prompt=Point to the red circle.", "--max_new_tokens=4") == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert isinstance(answer["text"], str) and 1 <= answer["new_tokens"] <= 4
+    assert answer["points"] == [] and set(answer["seconds"]) == {"read", "answer"}
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--prompt=Where?"], "--model and --prompt are needed"),
+    (["--model=MODEL", "--prompt=Where?", "--video=a.mp4", "--image=a.png"], "got both"),
+    (["--model=/nowhere", "--prompt=Where?"], "got /nowhere"),
+    (["--model=MODEL", "--prompt=Where?", "--image=/nowhere.png"], "/nowhere.png"),
+    (["--model=MODEL", "--prompt=Where?", "--video=/nowhere.mp4"], "/nowhere.mp4"),
+    (["--model=MODEL", "--prompt=Where?", "--temperature=-1"], "temperature"),
+])
+def test_generate_answers_mistakes_with_one_sentence(arguments, words, model_folder, capsys):
+    arguments = [one.replace("MODEL", str(model_folder)) for one in arguments]
+    assert start(generate.main, *arguments) == cli.USER_ERROR
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and words in message
+
+
+def test_evaluate_prints_and_writes_scores(model_folder, data_folder, tmp_path, capsys):
+    output = tmp_path / "scores.json"
+    assert start(evaluate.main, f"--workdir={model_folder}", f"--data={data_folder}", "--rows=1",
+                 "--max_new_tokens=4", f"--output={output}") == 0
+    scores = json.loads(output.read_text())[str(data_folder)]
+    assert scores["image_point_examples"] == scores["choice_examples"] == scores["qa_examples"] == 1
+    assert f"{data_folder}: 3 answers" in capsys.readouterr().out
+
+
+def test_exporting_what_was_imported_changes_no_weight(model_folder, tmp_path):
+    output = tmp_path / "again"
+    assert start(convert.main, "export", f"--model={model_folder}", f"--output={output}") == 0
+    before, after = trained.load(model_folder), trained.load(output)
+    assert (before.model, before.inputs) == (after.model, after.inputs)
+    jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "takes one of the words export or import; got none"),
+    (["exprot"], "got exprot"),
+    (["export"], "--model must name the folder"),
+    (["export", "--model=MODEL", "--output=MODEL"], "new or empty folder"),
+])
+def test_convert_answers_mistakes_with_one_sentence(arguments, words, model_folder, capsys):
+    arguments = [one.replace("MODEL", str(model_folder)) for one in arguments]
+    assert start(convert.main, *arguments) == cli.USER_ERROR
+    assert words in capsys.readouterr().err
+
+
+def answered(view, example, answers):
+    """Returns the questions about an example together with these answers."""
+    asked = questions.ask(example, view)
+    return [evaluate_lib.Answered(example=example, view=view, question=question,
+                                  answer=generate_lib.Answer(text=text))
+            for question, text in zip(asked, answers, strict=True)]
+
+
+def test_the_right_answers_get_full_scores_and_wrong_ones_none(data_folder):
+    [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
+    branches = formats.to_branches(example, frames_or_sizes=(SIZE,), rng=np.random.default_rng(0),
+                                   train=False)
+    right = [branch.turns[-1] for branch in branches[:3]]
+    scores = questions.score(answered((SIZE,), example, right))
+    assert scores["image_point_f1"] == scores["choice_accuracy"] == scores["qa_accuracy"] == 1
+    scores = questions.score(answered((SIZE,), example, ["nothing", "nothing", "nothing"]))
+    assert scores["image_point_f1"] == scores["choice_accuracy"] == scores["qa_accuracy"] == 0
+
+
+def test_captions_and_chats_are_not_asked(data_folder):
+    [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
+    asked = questions.ask(example, (SIZE,))
+    assert [question.about["type"] for question in asked] == ["points", "choice", "qa"]
+    assert all(isinstance(question, generate_lib.Question) for question in asked)
+    assert not questions.ask(types.Example(annotations=(), images=("a.png",)), (SIZE,))
