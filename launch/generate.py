@@ -16,6 +16,7 @@ from launch import cli
 from launch import trained
 from molmo2_jax import decode
 from molmo2_jax import generate
+from molmo2_jax import render
 
 _VIDEO = flags.DEFINE_string("video", None, "Any video FFmpeg reads.")
 _IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be repeated.")
@@ -41,7 +42,6 @@ def main(arguments: list[str]) -> None:
         sampling=decode.Sampling(temperature=_TEMPERATURE.value, seed=cli.SEED.value))
     print(json.dumps(as_json(answer)) if _JSON.value else answer)
     if _RENDER.value:
-        from molmo2_jax import render  # drawing is not needed otherwise
         render.save_answer(answer, _RENDER.value, **media)
 
 

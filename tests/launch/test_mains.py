@@ -81,13 +81,15 @@ def start(main, *arguments):
     return caught.value.code or 0
 
 
-def test_generate_prints_an_answer_as_json(model_folder, data_folder, capsys):
-    image = data_folder / "a.png"
+def test_generate_prints_an_answer_as_json_and_draws_it(model_folder, data_folder, tmp_path, capsys):
+    image, picture = data_folder / "a.png", tmp_path / "points.png"
     assert start(generate.main, f"--model={model_folder}", f"--image={image}", "--json",
-                 "--prompt=Point to the red circle.", "--max_new_tokens=4") == 0
+                 "--prompt=Point to the red circle.", "--max_new_tokens=4",
+                 f"--render={picture}") == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert isinstance(answer["text"], str) and 1 <= answer["new_tokens"] <= 4
     assert answer["points"] == [] and set(answer["seconds"]) == {"read", "answer"}
+    assert Image.open(picture).width >= SIZE[0]
 
 
 @pytest.mark.parametrize("arguments, words", [
