@@ -36,13 +36,14 @@ def random_config(style: str, seed: int) -> config_lib.Molmo2Config:
             head_dim=width // pool_heads, mlp_width=pick(24, 40)),
         text=config_lib.TextConfig(
             vocab_size=pick(90, 131), additional_vocab_size=pick(16, 128), width=pick(20, 32),
-            num_layers=layers, num_heads=kv_heads * pick(1, 2, 3), num_kv_heads=kv_heads, head_dim=pick(8, 12),
-            mlp_width=pick(24, 36), rope_theta=1e4, max_positions=512, tied_head=style == "qwen3_tied",
+            num_layers=layers, num_heads=kv_heads * pick(1, 2, 3), num_kv_heads=kv_heads,
+            head_dim=pick(8, 12), mlp_width=pick(24, 36), rope_theta=1e4, max_positions=256,
+            tied_head=style == "qwen3_tied",
             **(olmo if style == "olmo" else {})))
 
 
 def random_params(config: config_lib.Molmo2Config, seed: int = 0) -> dict:
-    """Returns a parameter tree of numpy arrays in which every entry matters: no zero biases, no unit norms."""
+    """Returns a parameter tree of numpy arrays in which every entry matters, biases and norms too."""
     rng = np.random.default_rng(seed)
     flat = {}
     for path, leaf in weights.abstract_params(config).items():
@@ -54,7 +55,8 @@ def random_params(config: config_lib.Molmo2Config, seed: int = 0) -> dict:
         elif kind == "scale":
             noise = 1 + 0.2 * noise
         else:
-            noise *= {"bias": 0.2, "head": config.text.width ** -0.5}.get(kind, 0.5)
+            embedding = 0.25 if config.text.tied_head else 0.5  # keeps logits of a tied head small
+            noise *= {"bias": 0.2, "head": config.text.width ** -0.5}.get(kind, embedding)
         flat[path] = noise.astype(np.float32)
     return weights.unflatten(flat)
 
@@ -108,7 +110,8 @@ def video(rng, config: config_lib.Molmo2Config, count: int) -> Visual:
     for number in range(count):
         tokens += [*words(rng, config, 2), start, patch, patch, end]
         image += [-1] * 2 + [number] * 4
-        pooled.append(_windows(rng, 2, math.prod(config.connector.video_window), number * P, (number + 1) * P))
+        slots = math.prod(config.connector.video_window)
+        pooled.append(_windows(rng, 2, slots, number * P, (number + 1) * P))
     crops = types.Crops(rng.integers(0, 256, (count, P, C), np.uint8), np.concatenate(pooled),
                         np.array(tokens, np.int32), np.array(image, np.int32))
     return Visual(crops, np.array([[count, 1, 2]]), np.full(count, 1), True)
@@ -132,8 +135,9 @@ def sequence(rng, config: config_lib.Molmo2Config, visual: Visual | None, branch
         patches, pooled = visual.crops.patches, visual.crops.pooled
     return types.Sequence(
         tokens=np.array(tokens, np.int32), targets=np.array([*tokens[1:], 1], np.int32),
-        weights=np.array([float(b >= 0) for b in branch], np.float32), positions=np.array(positions, np.int32),
-        branch=np.array(branch, np.int32), image=image, patches=patches, pooled=pooled)
+        weights=np.array([float(b >= 0) for b in branch], np.float32),
+        positions=np.array(positions, np.int32), branch=np.array(branch, np.int32), image=image,
+        patches=patches, pooled=pooled)
 
 
 def random_sequence(rng, config: config_lib.Molmo2Config) -> types.Sequence:

@@ -56,6 +56,11 @@ def _tensor_shapes(entry: weights.Entry, shapes: Mapping[str, tuple[int, ...]]) 
     return [(sum(part[0] for part in parts), *parts[0][1:])]
 
 
+def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, set[int]]:
+    """Returns the rows of matrices laid one under the other, and their widths, one if they fit."""
+    return sum(rows for rows, _ in shapes), {width for _, width in shapes}
+
+
 class _Source:
     """Opened shards and which of their rows each parameter consists of."""
 
@@ -82,8 +87,8 @@ class _Source:
             found = [self.tensors[name].shape for name in entry.tensors]
             wanted = _tensor_shapes(entry, self.shapes)
             # transformers saves both embedding tables as two equal halves; only their sum is fixed.
-            joint = entry.paths == weights.EMBEDDING.ours and len({shape[1:] for shape in found + wanted}) == 1
-            if joint and sum(shape[0] for shape in found) == sum(shape[0] for shape in wanted):
+            is_table = entry.paths == weights.EMBEDDING.ours and all(len(shape) == 2 for shape in found)
+            if is_table and _joined(found) == _joined(wanted):
                 continue
             wrong += [f"{name} is {list(have)} instead of {list(want)}"
                       for name, have, want in zip(entry.tensors, found, wanted) if have != want]
@@ -168,7 +173,7 @@ def _head_is_tied(config: config_lib.Molmo2Config, spelling: weights.Spelling,
         return config.text.tied_head
     V, table = config.text.vocab_size, weights.Entry(weights.EMBEDDING.ours, names, "table", None)
     total = sum(tensors[name].shape[0] for name in names)
-    same = (head.shape == (V, config.text.width) and V <= total
+    same = (head.shape == (V, config.text.width) and total >= V
             and all(tensors[name].shape[1:] == head.shape[1:] and tensors[name].dtype == head.dtype
                     for name in names))
     source = _Source((), {}, tensors)
@@ -179,8 +184,8 @@ def _head_is_tied(config: config_lib.Molmo2Config, spelling: weights.Spelling,
         if not same:
             break
     if config.text.tied_head and not same:
-        raise ValueError("tie_word_embeddings is true, so lm_head.weight must equal the embedding of the base "
-                         "vocabulary; they differ")
+        raise ValueError("tie_word_embeddings is true, so lm_head.weight must equal the embedding of the "
+                         "base vocabulary; they differ")
     return same
 
 
@@ -220,11 +225,12 @@ def import_checkpoint(folder: str | pathlib.Path, dtype: str = "float32", place:
     if tied and weights.HEAD.legacy[0] not in tensors:
         table = [entry for entry in table if entry.tensors != weights.HEAD.legacy]
     source = _Source(table, shapes, tensors)
-    declared = _read_json(folder / "config.json").get("vit_config") or {}
+    section = _read_json(folder / "config.json").get("vit_config") or {}
+    declared = section.get("num_hidden_layers", 0)
 
     def is_spare_layer(name: str) -> bool:
         match = _VIT_LAYER.match(name)
-        return bool(match) and config.vision.num_layers <= int(match[1]) < declared.get("num_hidden_layers", 0)
+        return bool(match) and config.vision.num_layers <= int(match[1]) < declared
 
     problems = source.problems(is_spare_layer)
     if problems:

@@ -62,7 +62,7 @@ class Section:
             self.complain(" and ".join(found), "must agree", list(found.values()))
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not (is_number if kind is float else type(value) is kind):
-            self.complain(field, f"must be a {kind.__name__}", value)
+            self.complain(field, f"must be of type {kind.__name__}", value)
             return 1
         return tuple(value) if kind is list else value
 
@@ -186,7 +186,8 @@ def read(values: Mapping[str, Any], where: str = "config.json") -> config_lib.Mo
     top = Section("", values, problems)
     is_legacy = "vit_config" in values and values.get("vision_config") is None
     name = "vit_config" if is_legacy else "vision_config"
-    sections = {key: Section(key, values.get(key), problems) for key in (name, "adapter_config", "text_config")}
+    sections = {key: Section(key, values.get(key), problems)
+                for key in (name, "adapter_config", "text_config")}
     top.seen.update(sections, ("vit_config",))
     text = _read_text(sections["text_config"])
     vision, taps = _read_vision(sections[name], sections["adapter_config"], is_legacy)
@@ -218,8 +219,8 @@ def check_exportable(config: config_lib.Molmo2Config) -> None:
       ValueError: the hub format cannot say what this model does.
     """
     if config.visual_attention != "image_tokens":
-        raise ValueError("visual_attention must be 'image_tokens' to be exported, transformers knows no other; "
-                         f"got {config.visual_attention!r}")
+        raise ValueError("visual_attention must be 'image_tokens' to be exported, transformers knows no "
+                         f"other; got {config.visual_attention!r}")
     width = config.connector.num_heads * config.connector.head_dim
     if width != config.vision.width:
         raise ValueError("num_heads x head_dim of the connector must equal the ViT's width to be exported; "

@@ -83,7 +83,8 @@ def chat_template() -> str:
 def _check_exportable(inputs: config_lib.InputConfig) -> None:
     for field in ("frame_time_text", "per_frame_special_tokens"):
         if not getattr(inputs, field):
-            raise ValueError(f"{field} must be True to be exported: other processors always write it; got False")
+            raise ValueError(f"{field} must be True to be exported, other processors always write it; "
+                             "got False")
 
 
 def write(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig) -> dict[str, dict[str, Any]]:
@@ -178,7 +179,8 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) ->
     pad = _pad_text(tokenizer)
     settings = json.loads(path.read_text(encoding="utf-8")) | {
         "bos_token": tokenizer.token(tokenizer.bos_id), "eos_token": tokenizer.token(tokenizer.eos_id),
-        "pad_token": pad, "padding_side": "left", "add_bos_token": False, "processor_class": "Molmo2Processor"}
+        "pad_token": pad, "padding_side": "left", "add_bos_token": False,
+        "processor_class": "Molmo2Processor"}
     write_json(path, settings)
     (folder / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
     write_json(folder / "generation_config.json", {

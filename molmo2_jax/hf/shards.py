@@ -174,4 +174,5 @@ def write_folder(folder: pathlib.Path, tensors: Sequence[Pending], dtype: np.dty
         _write_file(folder / file, shard, dtype)
         where |= {tensor.name: file for tensor in shard}
     total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2))
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -14,12 +14,12 @@ transformers: conversion_mapping.py.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from molmo2_jax import config as config_lib
@@ -135,7 +135,7 @@ _SIGLIP2_NAMES = (("model.vision_tower.layers", "vision_model.encoder.layers"),
 
 
 def _respell(rule: Rule, spelling: Spelling) -> Rule | None:
-    """Returns the rule with the names of a tower's own checkpoint as `native`; None if it is not part of it."""
+    """Returns the rule with a tower's own names as `native`, None if it is not part of that tower."""
     if spelling in ("legacy", "native"):
         return rule
     is_vision = rule in PATCH or rule in VISION_LAYER
@@ -181,11 +181,8 @@ def entries(config: config_lib.Molmo2Config, spelling: Spelling) -> Iterator[Ent
                 yield Entry(paths, tuple(name.format(layer) for name in names), layout, layer)
 
 
-def abstract_params(config: config_lib.Molmo2Config, boxed: bool = False) -> dict[str, Any]:
-    """Returns {path: jax.ShapeDtypeStruct} of the model's parameters; nothing is computed.
-
-    With `boxed`, values are flax's boxes around them, whose `names` are the logical axes.
-    """
+@functools.lru_cache(maxsize=16)
+def _abstract(config: config_lib.Molmo2Config) -> tuple[tuple[str, Any], ...]:
     v = config.vision
     tokens = np.zeros((1, 1), np.int32)
     batch = types.Batch(
@@ -193,10 +190,17 @@ def abstract_params(config: config_lib.Molmo2Config, boxed: bool = False) -> dic
         pooled=np.zeros((1, 1, math.prod(config.connector.video_window)), np.int32))
     model = molmo2.Molmo2(config, attention="dense")
     tree = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    is_box = lambda x: hasattr(x, "names")
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_box)
-    return {"/".join(key.key for key in keys): leaf if boxed or not is_box(leaf) else leaf.value
-            for keys, leaf in flat}
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "names"))
+    return tuple(("/".join(key.key for key in keys), leaf) for keys, leaf in flat)
+
+
+def abstract_params(config: config_lib.Molmo2Config, boxed: bool = False) -> dict[str, Any]:
+    """Returns {path: jax.ShapeDtypeStruct} of the model's parameters; nothing is computed.
+
+    With `boxed`, values are flax's boxes around them, whose `names` are the logical axes.
+    """
+    return {path: leaf if boxed or not hasattr(leaf, "names") else leaf.value
+            for path, leaf in _abstract(config)}
 
 
 def rows(shape: tuple[int, ...], layout: Layout) -> int:
