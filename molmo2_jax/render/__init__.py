@@ -1,0 +1,87 @@
+"""Pictures of what the model saw and said."""
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from molmo2_jax.inputs import image
+from molmo2_jax.inputs import video as videos
+from molmo2_jax.render import pictures
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")
+_MOST_FRAMES = 400    # of an animation
+_SHORT_SIDE = 480     # pixels, of frames read for drawing, at most
+_CLOSE = 1e-3         # seconds between a point's time and a frame that are the same
+
+
+def save_answer(answer, path: str, *, video: str | None = None, images: Sequence[str] = (),
+                fps: float = 8.0) -> None:
+    """Draws the points of a generate.Answer on its media and writes them to `path`.
+
+    A still picture shows the times (or the images) that the answer names; .gif and .mp4 play the whole video
+    at `fps`, with each point from its time until the next time that the answer names.
+
+    Raises:
+      ValueError: the suffix is none of SUFFIXES, or the media cannot be read.
+    """
+    suffix = pathlib.Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"--render must end in one of {', '.join(SUFFIXES)}; got {path!r}")
+    by_index: dict[float, list[pictures.Mark]] = {}
+    for point in answer.points:
+        by_index.setdefault(point.index, []).append((point.id, point.x, point.y))
+    if video is not None and suffix in (".gif", ".mp4"):
+        drawn, rate = _play(video, by_index, fps), fps
+    elif video is not None:
+        drawn, rate = _stills(video, by_index), 1.0
+    else:
+        drawn = [pictures.draw(image.load(one), predicted=by_index.get(number, ()),
+                               label=f"image {number}" if len(images) > 1 else "")
+                 for number, one in enumerate(images, 1)]
+        rate = 1.0
+    _write(path, suffix, drawn, rate)
+
+
+def _write(path: str, suffix: str, drawn: list[np.ndarray], fps: float) -> None:
+    if suffix == ".mp4":
+        pictures.write_video(path, drawn, fps)
+        return
+    kind = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:].upper())
+    if suffix == ".gif":
+        data = pictures.animation(drawn, 1 / fps)
+    else:
+        data = pictures.encode(drawn[0] if len(drawn) == 1 else pictures.contact_sheet(drawn), kind)
+    pathlib.Path(path).write_bytes(data)
+
+
+def _read(video: str, seconds) -> tuple[np.ndarray, float]:
+    """Returns (uint8[N, H, W, 3], the factor by which the frames were reduced)."""
+    source = videos.read(video, max_frames=1, seconds=np.zeros(1)).pixels[0]
+    factor = min(1.0, _SHORT_SIDE / min(source.shape[:2]))
+    size = tuple(max(1, round(side * factor)) for side in source.shape[:2])
+    return videos.read(video, max_frames=len(seconds), seconds=np.asarray(seconds), size=size).pixels, factor
+
+
+def _scaled(marks: Sequence[pictures.Mark], factor: float) -> list[pictures.Mark]:
+    return [(name, x * factor, y * factor) for name, x, y in marks]
+
+
+def _stills(video: str, by_index) -> list[np.ndarray]:
+    seconds = sorted(by_index) or [0.0]
+    frames, factor = _read(video, seconds)
+    marks = [_scaled(by_index.get(second, ()), factor) for second in seconds]
+    return [pictures.draw(pixels, predicted=points, label=f"{second:.1f} s")
+            for second, pixels, points in zip(seconds, frames, marks)]
+
+
+def _play(video: str, by_index, fps: float) -> list[np.ndarray]:
+    duration = videos.index(video).duration
+    seconds = np.arange(0, duration, max(1 / fps, duration / _MOST_FRAMES))
+    frames, factor = _read(video, seconds)
+    named, drawn = np.array(sorted(by_index)), []
+    for second, pixels in zip(seconds, frames):
+        passed = named[named <= second + _CLOSE]
+        marks = _scaled(by_index[passed[-1]], factor) if len(passed) else ()
+        drawn.append(pictures.draw(pixels, predicted=marks, label=f"{second:.1f} s"))
+    return drawn
