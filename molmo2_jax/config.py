@@ -35,7 +35,8 @@ class VisionConfig:
     head_dim: int = 72
     mlp_width: int = 4304
     norm_eps: float = 1e-6
-    init_std: float | None = None  # None: scaled by fan-in
+    init_std: float | None = None           # None: scaled by fan-in
+    position_init_std: float | None = None  # None: width ** -0.5, as the reference
 
     def __post_init__(self):
         _require(self.image_size % self.patch_size == 0,

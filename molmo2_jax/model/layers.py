@@ -4,6 +4,7 @@ B batch, T positions, N heads, H head width, D width; `...` any leading dimensio
 """
 
 from collections.abc import Callable
+import functools
 import math
 
 import flax.linen as nn
@@ -72,6 +73,37 @@ def dropout(x_BTD, rate_BT, rng):
     return jnp.where(kept, x_BTD / keep_BT1.astype(x_BTD.dtype), 0)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def contract(x, kernel, num_in: int):
+    """Returns x with its last `num_in` axes contracted against the first `num_in` of the kernel."""
+    axes = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+
+
+def _contract_forward(x, kernel, num_in):
+    return contract(x, kernel, num_in), (x, kernel)
+
+
+def _contract_backward(num_in, residuals, grad):
+    x, kernel = residuals
+    num_out, num_rows = kernel.ndim - num_in, x.ndim - num_in
+    outs = (tuple(range(grad.ndim - num_out, grad.ndim)), tuple(range(num_in, kernel.ndim)))
+
+    def plain(x, grad):
+        rows = tuple(range(num_rows))
+        return jax.lax.dot_general(x, grad, ((rows, rows), ((), ())))
+
+    def folded(x, grad):  # XLA's CPU backend is four times slower at contracting two axes than one
+        rows = math.prod(x.shape[:num_rows])
+        return (x.reshape(rows, -1).T @ grad.reshape(rows, -1)).reshape(kernel.shape)
+
+    return (jax.lax.dot_general(grad, kernel, (outs, ((), ()))),
+            jax.lax.platform_dependent(x, grad, cpu=folded, default=plain))
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
 class Linear(nn.Module):
     """Contracts the last `len(shape) - len(out)` axes of the input with a kernel of `shape`.
 
@@ -89,8 +121,7 @@ class Linear(nn.Module):
         fan_in = math.prod(self.shape[:self.num_in])
         normal = nn.initializers.normal(self.init_std or fan_in ** -0.5)
         kernel = self.param("kernel", nn.with_logical_partitioning(normal, self.axes), self.shape)
-        contract = (tuple(range(x.ndim - self.num_in, x.ndim)), tuple(range(self.num_in)))
-        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+        y = contract(x.astype(self.dtype), kernel.astype(self.dtype), self.num_in)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_in:])
             y = y + self.param("bias", zeros, self.shape[self.num_in:]).astype(self.dtype)

@@ -20,9 +20,10 @@ def normalise(patches):
 
 def full_attention(q_nPNH, k_nPNH, v_nPNH):
     """Softmax attention among the patches of one crop; logits and softmax in float32."""
-    q = q_nPNH * q_nPNH.shape[-1] ** -0.5
-    s = jnp.einsum("nPNH,nQNH->nNPQ", q, k_nPNH, preferred_element_type=jnp.float32)
-    return jnp.einsum("nNPQ,nQNH->nPNH", jax.nn.softmax(s, axis=-1).astype(v_nPNH.dtype), v_nPNH)
+    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q_nPNH * q_nPNH.shape[-1] ** -0.5, k_nPNH, v_nPNH))
+    s = jnp.einsum("nNPH,nNQH->nNPQ", q, k, preferred_element_type=jnp.float32)
+    out = jnp.einsum("nNPQ,nNQH->nNPH", jax.nn.softmax(s, axis=-1).astype(v.dtype), v)
+    return out.transpose(0, 2, 1, 3)
 
 
 class Block(nn.Module):
@@ -60,7 +61,7 @@ class VisionTransformer(nn.Module):
         B, M, P, C = patches_BMPC.shape
         x = layers.Linear((C, c.width), (None, "embed"), use_bias=True, init_std=c.init_std,
                           dtype=self.dtype, name="patch")(normalise(patches_BMPC.reshape(B * M, P, C)))
-        normal = nn.with_logical_partitioning(nn.initializers.normal(c.width ** -0.5), (None, "embed"))
+        normal = nn.with_logical_partitioning(nn.initializers.normal(c.position_init_std or c.width ** -0.5), (None, "embed"))
         x = x + self.param("position", normal, (P, c.width)).astype(x.dtype)
 
         block = Block(c, self.dtype, parent=None)

@@ -1,0 +1,179 @@
+"""The train step and the loop around it.
+
+Source: paper, section 3.3; reference: olmo/train/trainer.py.
+"""
+
+import dataclasses
+import functools
+import signal
+import threading
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import optax
+
+from molmo2_jax import checkpoint
+from molmo2_jax import loss
+from molmo2_jax import metrics
+from molmo2_jax import optim
+from molmo2_jax import sharding
+from molmo2_jax import state as state_lib
+from molmo2_jax.model import molmo2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how precise, and what is saved when."""
+    steps: int
+    seed: int = 6198
+    z_weight: float = 1e-4
+    residual_dropout: float = 0.1      # on all positions
+    response_dropout: float = 0.0      # instead of it on positions that predict an answer; 0: no difference
+    loss_chunk: int = 1024             # positions whose logits exist at once
+    dtype: str = "bfloat16"            # of the computation; parameters and moments are float32
+    remat: str = "full"
+    attention: str | None = None       # implementation, see attention.attend
+    log_every: int = 20
+    save_every: int = 2000
+    keep: int = 1
+
+    def __post_init__(self):
+        if min(self.steps, self.log_every, self.save_every, self.keep, self.loss_chunk) < 1:
+            raise ValueError(f"steps, log_every, save_every, keep and loss_chunk must be >= 1; got {self}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}")
+
+
+def drop_rates(config: TrainConfig, weights_BT):
+    """Returns float32[B, T] residual dropout per position, or None where nothing is dropped.
+
+    A response rate of 0 does not exempt responses: the residual rate then holds everywhere
+    (reference: olmo/nn/llm.py, Dropout).
+    """
+    if config.residual_dropout == config.response_dropout == 0:
+        return None
+    response = config.response_dropout or config.residual_dropout
+    return jnp.where(weights_BT > 0, response, config.residual_dropout)
+
+
+def train_step(model: molmo2.Molmo2, tx, config: TrainConfig, state: state_lib.TrainState, batch):
+    """Returns (new state, metrics) after one optimiser update. Pure; jitted and donated by the caller."""
+    rates = drop_rates(config, batch.weights)
+    rng = None if rates is None else jax.random.fold_in(state.rng, state.step)
+
+    def objective(params):
+        apply = functools.partial(model.apply, {"params": params})
+        hidden_BTD = apply(batch, rates, rng, method="hidden")
+        head = functools.partial(apply, method="logits")
+        sums = loss.chunked_sums(hidden_BTD, head, batch.targets, batch.weights, config.loss_chunk)
+        return loss.objective(sums, config.z_weight)
+
+    (_, measured), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
+    return state, {**measured, **optim.grad_norms(grads)}
+
+
+class StopRequest:
+    """Becomes true on SIGINT or SIGTERM, so that the loop can save and leave; a second SIGINT interrupts."""
+
+    def __init__(self):
+        self._event = threading.Event()
+        self._previous = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _):
+        logging.warning("%s: saving after this step, then leaving", signal.Signals(number).name)
+        self._event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __bool__(self):
+        return self._event.is_set()
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What `fit` leaves: the state, whether all steps were made, and how often the step was compiled."""
+    state: state_lib.TrainState
+    finished: bool
+    compilations: int
+
+
+def fit(*, model_config, config: TrainConfig, optimiser: optim.OptimConfig, mesh: jax.sharding.Mesh,
+        batches: Any, workdir: str, params=None, quiet: bool = False) -> Result:
+    """Trains to `config.steps`, continuing from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+      batches: iterator of host types.Batch with get_state/set_state (a grain iterator), this process's rows.
+      params: where to start instead of from scratch, when there is no checkpoint.
+
+    Raises:
+      FloatingPointError: the loss is not finite; the step is named and nothing is saved over older ones.
+    """
+    model = molmo2.Molmo2(model_config, config.dtype, config.remat, config.attention)
+    tx = optim.make(optimiser, config.steps)
+    manager = checkpoint.Manager(workdir, config.keep)
+    with jax.set_mesh(mesh), StopRequest() as stop:
+        try:
+            state = manager.restore(state_lib.abstract(model, tx, mesh), batches)
+            if state is None:
+                state = state_lib.create(model, tx, mesh, config.seed, params)
+            first = int(state.step)
+            step_fn = jax.jit(functools.partial(train_step, model, tx, config), donate_argnums=0)
+            report = _Report(workdir, first, config, quiet)
+            for step in range(first + 1, config.steps + 1):
+                batch = next(batches)
+                state, measured = step_fn(state, sharding.put(batch, mesh))
+                report.previous()  # of the step before, while this one runs
+                report.later(step, batch, measured)
+                if step % config.save_every == 0 or step == config.steps or stop:
+                    report.previous()
+                    manager.save(step, state, batches)
+                if stop:
+                    break
+            report.close()
+            manager.wait()
+            return Result(state, int(state.step) >= config.steps, step_fn._cache_size())
+        finally:
+            manager.close()
+
+
+class _Report:
+    """Writes the metrics of a step once they are ready."""
+
+    def __init__(self, workdir, first, config, quiet):
+        self._writer = metrics.Writer(workdir, first + 1)
+        self._progress = metrics.Progress(first, config.steps, disable=quiet)
+        self._every, self._last = config.log_every, config.steps
+        self._waiting = None
+
+    def later(self, step, batch, measured):
+        self._waiting = step, metrics.batch_counts(batch), measured
+
+    def previous(self):
+        if self._waiting is None:
+            return
+        (step, counts, measured), self._waiting = self._waiting, None
+        values = {name: float(value) for name, value in measured.items()}
+        if not all(map(jnp.isfinite, (values["loss"], values["z_loss"]))):
+            raise FloatingPointError(f"the loss of step {step} must be finite; got {values}")
+        rates = self._progress.update(counts, values["loss"])
+        if step % self._every == 0 or step in (1, self._last):
+            self._writer.write(step, {**values, **counts, **rates})
+
+    def close(self):
+        self.previous()
+        self._progress.close()
+        self._writer.close()
