@@ -24,6 +24,14 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Returns np.empty that begins at a multiple of 64 bytes, so that jax on CPU takes it without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    data = np.empty(size + 64, np.uint8)
+    start = -data.ctypes.data % 64
+    return data[start:start + size].view(dtype).reshape(shape)
+
+
 class Tensor(NamedTuple):
     """Where a tensor lies on disk."""
     path: pathlib.Path
@@ -35,7 +43,7 @@ class Tensor(NamedTuple):
         """Returns rows first .. last - 1, reading only their bytes."""
         last = self.shape[0] if last is None else last
         row = math.prod(self.shape[1:])
-        out = np.empty((last - first, *self.shape[1:]), self.dtype)
+        out = empty((last - first, *self.shape[1:]), self.dtype)
         view = memoryview(out.reshape(-1).view(np.uint8))
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + first * row * self.dtype.itemsize)
