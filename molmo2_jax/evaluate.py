@@ -17,7 +17,7 @@ from molmo2_jax import generate
 from molmo2_jax import types
 from molmo2_jax.inputs import media
 
-MOST_WASTE = 4         # a compiled row size serves batches that need at least 1/4 of its tokens and crops
+MOST_WASTE = 2            # a compiled row size serves batches that need at least half its tokens and crops
 DRAWS_PER_EXAMPLE = 1024  # so that what is sampled does not depend on which examples share a batch
 
 # (example, Frames without pixels or sizes of images) -> questions, each with what the score needs in `about`.
@@ -124,7 +124,7 @@ def _size(shape: generate.Shape) -> tuple[int, int, int]:
 def choose_shape(needed: generate.Shape, compiled: set[generate.Shape]) -> generate.Shape:
     """Returns the smallest compiled shape that covers `needed` without much waste, else `needed` itself."""
     fitting = [shape for shape in compiled if shape.covers(needed)
-               and all(size <= MOST_WASTE * need for size, need in zip(shape, needed))]
+               and shape.T <= MOST_WASTE * needed.T and shape.M <= MOST_WASTE * needed.M]
     return min(fitting, key=_size, default=needed)
 
 
