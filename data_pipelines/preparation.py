@@ -17,10 +17,9 @@ from data_pipelines import order as orders
 from data_pipelines import tasks
 from molmo2_jax import config
 from molmo2_jax import types
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import media
 from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.inputs import tokenizer as tokenizers
-from molmo2_jax.inputs import video
 
 FIELDS = tuple(field.name for field in dataclasses.fields(types.Sequence))
 _CAREFUL_SECONDS = 0.3  # a result has left the process by then, even if the next example kills it
@@ -61,36 +60,16 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
     Source: reference: olmo/preprocessing/multimodal_preprocessor.py.
     """
     with _refusing(ledger.MEDIA):
-        crops, media = see(example, model, inputs, tokenizer, rng, high_res_share if train else 0.0)
+        crops, view = media.see(example, model, inputs, tokenizer, rng=rng,
+                                high_res=high_res_share if train else 0.0)
     with _refusing(ledger.ANNOTATION):
-        branches = formats.to_branches(example, frames_or_sizes=media, rng=rng, train=train,
+        branches = formats.to_branches(example, frames_or_sizes=view, rng=rng, train=train,
                                        num_templates=num_templates)
         places = rng.permutation(len(branches)) if train else range(len(branches))
         branches = [_weighted(branches[place], weight) for place in places]
         result = sequences.build(crops, branches, tokenizer, max_tokens=max_tokens)
     with _refusing(ledger.SIZE):
         return result if max_tokens is None else sequences.truncate(result, max_tokens)
-
-
-def see(example: types.Example, model: config.Molmo2Config, inputs: config.InputConfig,
-        tokenizer: tokenizers.Tokenizer, rng: np.random.Generator | None = None,
-        high_res_share: float = 0.0,
-        ) -> tuple[types.Crops | None, types.Frames | tuple[tuple[int, int], ...]]:
-    """Returns the Crops of an example's media, and its Frames or the (width, height) of its images.
-
-    Without media they are None and (). Frames are read at the size of a crop. Arguments as in `prepare`.
-    """
-    if example.video is not None:
-        side = model.vision.image_size
-        frames = video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps,
-                            clip=example.clip, size=(side, side))
-        crops = image.crops_of_frames(frames, model, inputs, tokenizer, example.subtitles)
-        return crops, frames
-    if example.images:
-        pixels = [image.load(path) for path in example.images]
-        crops = image.crops_of_images(pixels, model, inputs, tokenizer, high_res=high_res_share, rng=rng)
-        return crops, tuple((one.shape[1], one.shape[0]) for one in pixels)
-    return None, ()
 
 
 def _weighted(branch: types.Branch, weight: types.LossWeight | float | None) -> types.Branch:

@@ -1,0 +1,46 @@
+"""An example's media become crops, whatever they are; errors name the file."""
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from molmo2_jax import config
+from molmo2_jax import types
+from molmo2_jax.inputs import media
+from molmo2_jax.inputs import tokenizer as tokenizers
+
+NANO, INPUTS = config.nano(), config.InputConfig(max_frames=3, max_crops=2, overlap_margins=(1, 1))
+TOKENIZER = tokenizers.train_small(["0.0 1.5 Image subtitle"] * 2, NANO.text.vocab_size)
+
+
+def see(**fields):
+    return media.see(types.Example(annotations=(), **fields), NANO, INPUTS, TOKENIZER)
+
+
+def test_a_video_gives_one_crop_a_frame_and_its_frames(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for level in range(12):
+            frame = np.full((48, 64, 3), 20 * level, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    crops, frames = see(video=str(tmp_path / "a.mp4"), clip=(1.0, 2.0), subtitles=((0.0, 0.5, "hello"),))
+    assert len(crops.patches) == len(frames.seconds) == 3 and (frames.width, frames.height) == (64, 48)
+    np.testing.assert_allclose(frames.seconds, [0, 0.5, 1])
+    assert abs(crops.patches[0].mean() - 80) < 4  # the clip begins with the fifth frame
+    assert "hello" in TOKENIZER.decode(crops.tokens)
+
+
+def test_images_give_their_sizes_and_text_alone_gives_nothing(tmp_path):
+    for name, size in (("a.png", (50, 30)), ("b.png", (20, 70))):
+        Image.new("RGB", size).save(tmp_path / name)
+    crops, sizes = see(images=(str(tmp_path / "a.png"), str(tmp_path / "b.png")))
+    assert sizes == ((50, 30), (20, 70)) and set(crops.image) == {-1, 0, 1}
+    assert see() == (None, ())
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="none.png: there is no such file"):
+        see(images=(str(tmp_path / "none.png"),))
