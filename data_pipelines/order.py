@@ -20,24 +20,32 @@ class Order:
     new permutation every epoch. Numbers may be asked for in any sequence; far jumps ahead cost some 20
     nanoseconds per number passed. Uses only generators whose streams numpy has frozen.
 
-    sizes: examples of each data set. rates: share of each, any positive scale.
+    sizes: examples of each data set.
+    lessons: (first number, share of each data set on any scale) of each stretch of the stream, the first
+      from 0 on. One lesson is the usual mixture; several make a curriculum.
 
     Raises:
-      ValueError: there is no data set, an empty one, a rate that is not positive, or a seed that is not in
-        [0, 2^32).
+      ValueError: there is no data set, an empty one, a rate that is negative, a lesson without any, lessons
+        out of order, or a seed that is not in [0, 2^32).
     """
 
-    def __init__(self, sizes: Sequence[int], rates: Sequence[float], seed: int):
+    def __init__(self, sizes: Sequence[int], lessons: Sequence[tuple[int, Sequence[float]]], seed: int):
         if not sizes or min(sizes) < 1:
             raise ValueError(f"every data set must have at least one example; got sizes {list(sizes)}")
-        if len(rates) != len(sizes) or not all(np.isfinite(rate) and rate > 0 for rate in rates):
-            raise ValueError(f"rates must be one positive number per data set; got {list(rates)} "
-                             f"for {len(sizes)} data sets")
+        for _, rates in lessons:
+            if (len(rates) != len(sizes) or not all(np.isfinite(rate) and rate >= 0 for rate in rates)
+                    or not sum(rates) > 0):
+                raise ValueError(f"rates must be one number >= 0 per data set, not all of them 0; got "
+                                 f"{list(rates)} for {len(sizes)} data sets")
+        starts = [start for start, _ in lessons]
+        if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
+            raise ValueError(f"lessons must begin at rising numbers, the first at 0; got {starts}")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32); got {seed}")
-        self._arguments = (tuple(sizes), tuple(rates), seed)
-        shares = np.cumsum(np.asarray(rates, np.float64))
-        self._shares = shares / shares[-1]
+        self._arguments = (tuple(sizes), tuple((start, tuple(rates)) for start, rates in lessons), seed)
+        self._starts = np.asarray(starts)
+        shares = np.cumsum(np.asarray([rates for _, rates in lessons], np.float64), axis=1)
+        self._shares = shares / shares[:, -1:]   # [lessons, D]
         self._random = np.random.RandomState(seed)
         self._drawn: list[np.ndarray] = []                      # data sets, uint16[_BLOCK] each
         self._used = [np.zeros(len(sizes), np.int64)]           # uses before each block, int64[D]
@@ -58,9 +66,12 @@ class Order:
         return dataset, int(self._permutation(dataset, epoch)[place]), epoch
 
     def _draw_block(self) -> None:
-        drawn = np.searchsorted(self._shares, self._random.random_sample(_BLOCK), side="right")
+        draws = self._random.random_sample(_BLOCK)
+        numbers = len(self._drawn) * _BLOCK + np.arange(_BLOCK)
+        lesson = np.searchsorted(self._starts, numbers, side="right") - 1
+        drawn = (draws[:, None] >= self._shares[lesson]).sum(axis=1)
         self._drawn.append(drawn.astype(np.uint16))
-        self._used.append(self._used[-1] + np.bincount(drawn, minlength=len(self._shares)))
+        self._used.append(self._used[-1] + np.bincount(drawn, minlength=self._shares.shape[1]))
 
     def _permutation(self, dataset: int, epoch: int) -> np.ndarray:
         """Returns the order of a data set in an epoch; two epochs are remembered."""

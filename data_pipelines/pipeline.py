@@ -47,10 +47,12 @@ class DataConfig:
     """What to train on, in which order, and the fixed shape of a batch.
 
     train: data folders (docs/data_format.md), each alone or as (folder, rate), or a key of tasks.MIXTURES.
-      Without rates folders share the stream by the square roots of their sizes.
+      Without rates folders share the stream by the square roots of their sizes. A rate may be a tuple, one
+      number per lesson.
+    lessons: numbers of examples after which the next lesson of a curriculum begins; () for one mixture.
     max_broken: records of one task that may be broken; one more ends the run with their list.
     """
-    train: str | tuple[str | tuple[str, float], ...]
+    train: str | tuple[str | tuple[str, float | tuple[float, ...]], ...]
     seed: int
     row_tokens: int                       # T
     row_crops: int                        # M
@@ -64,6 +66,7 @@ class DataConfig:
     prefetch: int = 2                     # batches packed in advance
     num_templates: int | None = None      # wordings of each kind of question; None: all
     max_broken: int = 100
+    lessons: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name in ("row_tokens", "batch_rows", "packing_buffer", "worker_prefetch"):
@@ -118,18 +121,21 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
     _require(0 <= shard_index < shard_count, "shard_index must lie in [0, shard_count)",
              (shard_index, shard_count))
     if isinstance(data.train, str):
-        mixture, known = tasks.MIXTURES[data.train], tasks.TASKS
+        mixtures, known = (tasks.MIXTURES[data.train],) * (len(data.lessons) + 1), tasks.TASKS
     else:
-        mixture, known = tasks.of_folders(data.train)
-    members = tuple(tasks.members(mixture))
+        mixtures, known = tasks.of_folders(data.train, len(data.lessons) + 1)
+    found = {member.task: member for mixture in mixtures for member in tasks.members(mixture)}
+    members = tuple(found[task] for task in sorted(found))
     examples, errors = {}, {}
     for member in members:
         examples[member.task], errors[member.task] = _load(member.task, known[member.task].folder)
     sizes = {task: len(found) for task, found in examples.items()}
-    rates = tasks.rates(mixture, sizes)
+    rates = [tasks.rates(mixture, sizes) for mixture in mixtures]
+    lessons = [(start, [shares.get(task, 0.0) for task in sizes])
+               for start, shares in zip((0, *data.lessons), rates, strict=True)]
     shape = data.shape(model)
     preparer = preparation.Preparer(
-        order=order.Order(list(sizes.values()), [rates[task] for task in sizes], data.seed),
+        order=order.Order(list(sizes.values()), lessons, data.seed),
         examples=tuple(examples.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
         max_tokens=shape["T"], max_crops=shape["M"], max_visual_tokens=shape["R"],
         num_templates=data.num_templates)

@@ -38,6 +38,7 @@ class WorldConfig:
     unique: Literal["colour", "phrase", "none"] = "phrase"   # what no two objects of a scene share
     radius: tuple[float, float] = (0.08, 0.2)                # of the short side
     speed: tuple[float, float] = (0.0, 0.4)                  # short sides per second
+    lattice: float | None = None   # centres rest on multiples of this share of the sides, hop between them
     is_apart: bool = False                                   # objects never touch
     leave_share: float = 0.2                                 # of the objects pass through the border
     frame_side: tuple[int, int] = (96, 192)                  # pixels, each side drawn alone, made even
@@ -62,6 +63,7 @@ class WorldConfig:
                      "branches"):
             low, high = getattr(self, name)
             _require(0 <= low <= high, f"{name} must be a range 0 <= low <= high", (low, high))
+        _require(self.lattice is None or 0 < self.lattice <= 0.25, "lattice must lie in (0, 0.25]", self.lattice)
         _require(self.objects[0] >= 1, "objects must be >= 1", self.objects)
         _require(self.radius[0] > 0 and self.radius[1] * synthetic_scene.REACH < 0.5,
                  "radius must be > 0 and fit into the frame (below 0.4)", self.radius)
@@ -176,7 +178,9 @@ def _sample_path(rng, config: WorldConfig, times, size, kind, radius, others) ->
     velocity = speed * np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
     low, high = np.full(2, reach), np.array(size) - 1 - reach
     start = low + rng.random((tries, 2)) * (high - low)
-    if rng.random() < config.leave_share:
+    if config.lattice is not None:
+        paths = _hop(rng, np.array(size) * config.lattice, low, high, times, tries, config.speed[1] > 0)
+    elif rng.random() < config.leave_share:
         paths = start[:, None] + velocity[:, None] * (times - rng.uniform(0, times[-1]))[None, :, None]
     else:
         paths = _reflect(start[:, None] + velocity[:, None] * times[None, :, None], low, high)
@@ -187,9 +191,23 @@ def _sample_path(rng, config: WorldConfig, times, size, kind, radius, others) ->
     return paths[is_free.argmax()] if is_free.any() else None
 
 
+def _hop(rng, step, low, high, times, tries: int, moves: bool) -> np.ndarray:
+    """Returns float64[tries, F, 2] centres that rest on multiples of `step` at every half second.
+
+    Half of the shapes stay; the others hop to a neighbouring cell in the first 0.3 s of each half second,
+    so that the frames which are sampled at 2 per second, the last one included, show them at rest.
+    """
+    first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
+    cells = np.floor(first + rng.random((tries, 2)) * (last - first + 1))
+    velocity = rng.integers(-1, 2, (tries, 2)) * (rng.random((tries, 1)) < 0.5) * moves
+    hops = np.floor(times / 0.5 + 1e-9)
+    hops = hops + np.minimum((times - 0.5 * hops) / 0.3, 1)
+    return _reflect(cells[:, None] + velocity[:, None] * hops[None, :, None], first, last) * step
+
+
 def _reflect(positions, low, high):
     """Returns positions bounced back and forth between low and high."""
-    span = high - low
+    span = np.maximum(high - low, 1e-9)
     folded = np.mod(positions - low, 2 * span)
     return low + np.minimum(folded, 2 * span - folded)
 
@@ -201,6 +219,8 @@ def _sample_times(rng, config: WorldConfig) -> tuple[np.ndarray, fractions.Fract
     tick = fractions.Fraction(1, 2 * fps)
     while True:
         wanted = rng.uniform(*config.duration)
+        if config.lattice is not None:
+            wanted = round(wanted * 2) / 2
         ticks = np.arange(0, max(round(wanted * fps), 2) + 1) * 2
         if rng.random() < config.vfr_share:
             steps = rng.integers(1, 5, size=len(ticks))

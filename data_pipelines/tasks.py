@@ -97,24 +97,42 @@ def rates(mixture: Mixture, examples: Mapping[str, int]) -> dict[str, float]:
     return shares
 
 
-def of_folders(folders: tuple[str | tuple[str, float], ...]) -> tuple[Mixture, dict[str, Task]]:
-    """Returns a mixture of data folders, and its tasks, which are named after their folders.
+def of_folders(folders: tuple[str | tuple[str, float | tuple[float, ...]], ...], num_lessons: int = 1,
+               ) -> tuple[tuple[Mixture, ...], dict[str, Task]]:
+    """Returns the mixture of data folders in each lesson, and their tasks, named after the folders.
 
-    Folders with rates, as ("folder", 0.3), have these shares; without, shares follow from their sizes.
+    Folders with rates, as ("folder", 0.3) or ("folder", (0.3, 0.0)), have these shares, one per lesson;
+    a folder with rate 0 rests. Without rates, shares follow from the sizes of the folders.
 
     Raises:
-      ValueError: there is no folder, or only some of them have a rate.
+      ValueError: there is no folder, only some of them have a rate, or a tuple of rates has another length
+        than there are lessons.
     """
     if not folders:
         raise ValueError("train must name a mixture or at least one data folder; got none")
     has_rate = [not isinstance(folder, str) for folder in folders]
     if any(has_rate) and not all(has_rate):
         raise ValueError(f"either all data folders have a rate or none has; got {folders}")
-    if all(has_rate):
-        mixture = tuple(Group(rate=rate, members=(Member(task=str(folder)),)) for folder, rate in folders)
-    else:
-        mixture = (Group(rate=1.0, members=tuple(Member(task=folder) for folder in folders)),)
-    return mixture, {member.task: Task(folder=member.task) for member in members(mixture)}
+    if not all(has_rate):
+        tasks = {folder: Task(folder=folder) for folder in folders}
+        _refuse_twice(folders)
+        return ((Group(rate=1.0, members=tuple(Member(task=task) for task in tasks)),),) * num_lessons, tasks
+    names = [str(folder) for folder, _ in folders]
+    _refuse_twice(names)
+    rates_of = {name: rate if isinstance(rate, tuple) else (rate,) * num_lessons
+                for name, (_, rate) in zip(names, folders, strict=True)}
+    for name, lesson_rates in rates_of.items():
+        if len(lesson_rates) != num_lessons or min(lesson_rates) < 0:
+            raise ValueError(f"a folder must have one rate >= 0 for each of the {num_lessons} lessons; got "
+                             f"{lesson_rates} for {name}")
+    mixtures = tuple(tuple(Group(rate=rates_of[name][lesson], members=(Member(task=name),))
+                           for name in names if rates_of[name][lesson] > 0) for lesson in range(num_lessons))
+    return mixtures, {name: Task(folder=name) for name in names}
+
+
+def _refuse_twice(names) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"a data folder may appear once; got {list(names)}")
 
 
 TASKS: dict[str, Task] = {

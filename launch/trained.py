@@ -10,6 +10,7 @@ from molmo2_jax import checkpoint
 from molmo2_jax import config
 from molmo2_jax.hf import checkpoint as hf_checkpoint
 from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.model import molmo2
 
 
 class Trained(NamedTuple):
@@ -32,7 +33,7 @@ def load(path: str | pathlib.Path, bindings: Sequence[str] = ()) -> Trained:
     if (folder / record.NAME).is_file():
         run_config = run.resolve([(folder / record.NAME).resolve()], bindings)
         model, inputs = run_config.model, run_config.inputs
-        params = checkpoint.load_params(str(folder), model)
+        params = checkpoint.load_params(str(folder), molmo2.Molmo2(model))
     elif (folder / "config.json").is_file():
         if bindings:
             raise ValueError(f"a Hugging Face folder takes no gin bindings; got {list(bindings)}")

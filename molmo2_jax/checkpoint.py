@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
+from molmo2_jax.model import molmo2
 
 
 class Manager:
@@ -21,14 +23,14 @@ class Manager:
     def __init__(self, workdir: str, keep: int = 1):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._folder = os.path.join(os.path.abspath(workdir), "checkpoints")
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
-    def steps(self) -> list[int]:
-        """Returns the steps whose items are all there, oldest first; others are reported and passed over."""
+    def steps(self, items: tuple[str, ...] = ("state", "data")) -> list[int]:
+        """Returns the steps that hold all `items`, oldest first; others are reported and passed over."""
         complete = []
         for step in sorted(self._manager.all_steps()):
-            missing = [item for item in ("state", "data")
-                       if not os.listdir_safe(os.path.join(self._folder, str(step), item))]
+            missing = [item for item in items if not _has_content(os.path.join(self._folder, str(step), item))]
             if missing:
                 logging.warning("checkpoint %d is incomplete, passing it over: no %s", step, missing)
             else:
@@ -41,51 +43,111 @@ class Manager:
         Raises:
           ValueError: the step exists already.
         """
-        saved = self._manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_storable(train_state)), data=grain.checkpoint.CheckpointSave(batches)))
-        if not saved:
-            raise ValueError(f"checkpoint step {step} was not written: a step must be newer than all saved "
-                             f"ones; got saved steps {sorted(self._manager.all_steps())}")
+        self._write(step, {"state": ocp.args.PyTreeSave(_storable(train_state)),
+                           "data": grain.checkpoint.CheckpointSave(batches)})
+
+    def save_params(self, params) -> None:
+        """Saves parameters alone, as step 0: to answer with or to start a run from, not to continue one."""
+        self._write(0, {"state": ocp.args.PyTreeSave({"params": params})})
+
+    def _write(self, step, items):
+        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise ValueError(f"a checkpoint's step must be newer than all saved ones; got {step} in "
+                             f"{self._folder}, which has {sorted(self._manager.all_steps())}")
 
     def restore(self, abstract: state_lib.TrainState, batches=None):
         """Returns the newest complete TrainState, or None; moves `batches` to its position.
 
         Raises:
-          ValueError: shapes or dtypes differ from `abstract`; every differing path is named.
+          ValueError: shapes or dtypes differ from `abstract` (every path that does is named), or the data
+            position belongs to other data.
         """
+        target = _storable_shapes(abstract)
         for step in reversed(self.steps()):
-            target = _storable_shapes(abstract)
-            self._check(step, target)
-            args = {"state": ocp.args.PyTreeRestore(
-                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target))}
-            if batches is not None:
-                args["data"] = grain.checkpoint.CheckpointRestore(batches)
-            try:
-                items = self._manager.restore(step, args=ocp.args.Composite(**args))
-            except Exception as error:  # Orbax raises a bare Exception for damaged files
-                logging.error("checkpoint %d cannot be read, trying the one before: %s", step, error)
-                continue
-            logging.info("restored step %d from %s", step, self._folder)
-            return _from_storable(items["state"])
+            tree = self._read(step, target)
+            if tree is not None:
+                self._manager.restore(step, args=ocp.args.Composite(
+                    data=grain.checkpoint.CheckpointRestore(batches)))
+                logging.info("restored step %d from %s", step, self._folder)
+                return _from_storable(tree)
         return None
 
-    def _check(self, step, target):
-        saved = self._manager.item_metadata(step)["state"]
-        saved = saved.tree if hasattr(saved, "tree") else saved
-        describe = lambda tree: {jax.tree_util.keystr(path): (tuple(x.shape), str(x.dtype))
-                                 for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-        have, want = describe(saved), describe(ocp.utils.serialize_tree(target, keep_empty_nodes=False))
-        wrong = [f"{path}: saved {have.get(path, 'nothing')}, wanted {want.get(path, 'nothing')}"
-                 for path in sorted(have.keys() | want.keys()) if have.get(path) != want.get(path)]
+    def restore_params(self, params):
+        """Returns the newest parameters, with the shapes and shardings of the abstract tree `params`.
+
+        Raises:
+          ValueError: there are none, or they do not fit.
+        """
+        for step in reversed(self.steps(("state",))):
+            tree = self._read(step, {"params": params})
+            if tree is not None:
+                return tree["params"]
+        raise ValueError(f"a work directory must hold a checkpoint to load; got none in {self._folder}")
+
+    def _read(self, step, target):
+        """Returns the part `target` of a step's state, or None if its files are damaged."""
+        try:
+            saved = _describe(self._manager.item_metadata(step)["state"].tree)
+        except Exception as error:  # Orbax raises whatever its readers meet
+            logging.error("checkpoint %d cannot be read, trying the one before: %s", step, error)
+            return None
+        wanted = _describe(target)
+        wrong = [f"{path}: saved {saved.get(path, 'nothing')}, wanted {what}"
+                 for path, what in wanted.items() if saved.get(path) != what]
         if wrong:
-            raise ValueError(f"checkpoint {step} does not fit this run in {len(wrong)} places; got\n  "
+            raise ValueError(f"checkpoint {step} must fit this run; got {len(wrong)} differences:\n  "
                              + "\n  ".join(wrong[:40]))
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
+                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                partial_restore=True)))["state"]
+        except Exception as error:
+            logging.error("checkpoint %d cannot be read, trying the one before: %s", step, error)
+            return None
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+
+def save_params(workdir: str, params) -> None:
+    """Writes parameters alone into a work directory."""
+    manager = Manager(workdir)
+    try:
+        manager.save_params(params)
+    finally:
+        manager.close()
+
+
+def load_params(workdir: str, model: molmo2.Molmo2, mesh=None):
+    """Returns the newest parameters of a work directory, without optimiser state.
+
+    Raises:
+      ValueError: there are none, or they do not have the model's shapes.
+    """
+    if not os.path.isdir(os.path.join(workdir, "checkpoints")):
+        raise ValueError(f"a work directory must hold a checkpoint to load; got none in {workdir}")
+    manager = Manager(workdir)
+    try:
+        return manager.restore_params(
+            state_lib.abstract_params(model, mesh or sharding.make_mesh(sharding.MeshConfig())))
+    finally:
+        manager.close()
+
+
+def _describe(tree) -> dict[str, tuple]:
+    """Returns path -> (shape, dtype) of every array; the containers' kinds do not matter."""
+    def name(key):
+        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+    return {"/".join(map(name, path)): (tuple(leaf.shape), str(jnp.dtype(leaf.dtype)))
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if hasattr(leaf, "shape")}
+
+
+def _has_content(folder):
+    return os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def _storable(train_state):

@@ -20,7 +20,11 @@ class Sums(NamedTuple):
 
 
 def token_sums(logits_BTV, targets_BT, weights_BT) -> Sums:
-    """Returns the weighted sums of cross-entropy, squared log-partition and top-1 hits; float32."""
+    """Returns the weighted sums of cross-entropy, squared log-partition and top-1 hits; float32.
+
+    Targets of weight 0 may lie outside V: in front of a visual token the next token is one.
+    """
+    targets_BT = jnp.where(weights_BT > 0, targets_BT, 0)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     hit_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT

@@ -34,20 +34,40 @@ def _init_params(model, key):
     return model.init(key, batch)["params"]
 
 
+def abstract_params(model, mesh):
+    """Returns the parameters as ShapeDtypeStructs with shardings."""
+    boxed = jax.eval_shape(lambda: _init_params(model, jax.random.key(0)))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+                        nn.meta.unbox(boxed), sharding.of_parameters(boxed, mesh))
+
+
 def abstract(model, tx: optax.GradientTransformation, mesh) -> TrainState:
     """Returns the state as ShapeDtypeStructs with shardings; moments lie where their parameters lie."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    boxed = jax.eval_shape(lambda k: _init_params(model, k), key)
-    of_params = sharding.of_parameters(boxed, mesh)
-    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-                          nn.meta.unbox(boxed), of_params)
     rest = sharding.replicated(mesh)
-    opt_state = optax.tree_utils.tree_map_params(
-        tx, lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding),
-        jax.eval_shape(tx.init, params), params,
-        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rest))
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=rest), params, opt_state,
+    params = abstract_params(model, mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=rest), params,
+                      _like_parameters(jax.eval_shape(tx.init, params), params, rest),
                       jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rest))
+
+
+def _like_parameters(opt_state, params, otherwise):
+    """Returns the moments with the shardings of their parameters: those whose path ends in theirs.
+
+    Optax keeps moments in trees of the parameters' structure, so the end of the path and the shape tell.
+    """
+    def names(path):
+        return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+    known = {names(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+    def place(path, leaf):
+        name = names(path)
+        owner = next((known[name[i:]] for i in range(len(name)) if name[i:] in known), None)
+        is_moment = owner is not None and owner.shape == leaf.shape
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=owner.sharding if is_moment else otherwise)
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 def create(model, tx: optax.GradientTransformation, mesh, seed: int, params=None) -> TrainState:

@@ -127,11 +127,14 @@ def fit(*, model_config, config: TrainConfig, optimiser: optim.OptimConfig, mesh
     manager = checkpoint.Manager(workdir, config.keep)
     with jax.set_mesh(mesh), StopRequest() as stop:
         try:
-            state = manager.restore(state_lib.abstract(model, tx, mesh), batches)
+            abstract = state_lib.abstract(model, tx, mesh)
+            state = manager.restore(abstract, batches)
             if state is None:
                 state = state_lib.create(model, tx, mesh, config.seed, params)
             first = int(state.step)
-            step_fn = jax.jit(functools.partial(train_step, model, tx, config), donate_argnums=0)
+            layout = jax.tree.map(lambda x: x.sharding, abstract)
+            step_fn = jax.jit(functools.partial(train_step, model, tx, config), donate_argnums=0,
+                              out_shardings=(layout, None))
             report = _Report(workdir, first, config, quiet)
             for step in range(first + 1, config.steps + 1):
                 batch = next(batches)

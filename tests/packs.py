@@ -171,3 +171,26 @@ def random_rows(seed: int, config: config_lib.Molmo2Config, B: int, T: int, M: i
                 break
         rows.append(row(held[:-1], config, T, M, R))
     return packing.stack(rows)
+
+
+def seen_by_the_reference(batch: types.Batch, visual_attention: str = "image_tokens") -> np.ndarray:
+    """Returns bool[B, T, T]: valid key, sub-ids in order, and causal or both visual in one example.
+
+    Reference: olmo/models/molmo2/molmo2.py; sub-ids as in olmo/data/dynamic_packer.py.
+    """
+    q, k = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
+    is_tree = np.zeros_like(batch.example, bool)
+    for row, example in enumerate(batch.example):
+        for number in range(example.max() + 1):
+            is_tree[row, example == number] = batch.branch[row][example == number].max() > 0
+    local = np.where(is_tree, np.where(batch.branch < 0, 10000, batch.branch), 0)
+    valid = batch.example >= 0
+    sub = np.where(valid, batch.example * 100000 + local, -1)
+    is_visual = batch.image >= 0
+    i = np.arange(batch.tokens.shape[1])
+    both = q(is_visual) & k(is_visual) & (q(batch.example) == k(batch.example))
+    if visual_attention == "within_image":
+        both &= k(batch.image) <= q(batch.image)
+    elif visual_attention == "causal":
+        both &= False
+    return k(valid) & (q(sub) <= k(sub)) & ((i[None, :] <= i[:, None]) | both)

@@ -11,36 +11,13 @@ CONFIG = packs.random_config("qwen3", 0)
 T = 96
 
 
-def rule_of_the_reference(batch, visual_attention):
-    """bool[B, T, T]: valid key, sub-ids in order, and causal or both visual in one example.
-
-    Reference: olmo/models/molmo2/molmo2.py; sub-ids as in olmo/data/dynamic_packer.py.
-    """
-    q, k = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-    is_tree = np.zeros_like(batch.example, bool)
-    for row, example in enumerate(batch.example):
-        for number in range(example.max() + 1):
-            is_tree[row, example == number] = batch.branch[row][example == number].max() > 0
-    local = np.where(is_tree, np.where(batch.branch < 0, 10000, batch.branch), 0)
-    valid = batch.example >= 0
-    sub = np.where(valid, batch.example * 100000 + local, -1)
-    is_visual = batch.image >= 0
-    i = np.arange(T)
-    both = q(is_visual) & k(is_visual) & (q(batch.example) == k(batch.example))
-    if visual_attention == "within_image":
-        both &= k(batch.image) <= q(batch.image)
-    elif visual_attention == "causal":
-        both &= False
-    return k(valid) & (q(sub) <= k(sub)) & ((i[None, :] <= i[:, None]) | both)
-
-
 @pytest.mark.parametrize("visual_attention", ["image_tokens", "within_image", "causal"])
 @pytest.mark.parametrize("seed", range(10))
 def test_two_vectors_say_what_the_reference_says(seed, visual_attention):
     batch = packs.random_rows(seed, CONFIG, 3, T)
     valid = batch.example >= 0
     ours = np.asarray(tree_mask.dense(tree_mask.from_batch(batch, visual_attention)))
-    theirs = rule_of_the_reference(batch, visual_attention)
+    theirs = packs.seen_by_the_reference(batch, visual_attention)
     np.testing.assert_array_equal(ours[valid], theirs[valid])
     np.testing.assert_array_equal(ours[~valid], np.broadcast_to(np.eye(T, dtype=bool), ours.shape)[~valid])
 
