@@ -18,8 +18,8 @@ from tests import packs
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-TOLERANCE = 1e-4      # relative, of each parameter's gradient; measured 6e-6
-LOSS_TOLERANCE = 1e-5  # relative; measured 1e-7
+TOLERANCE = 1e-4      # relative, of each parameter's gradient; measured 1.4e-5, 3.4e-5 of the floor
+LOSS_TOLERANCE = 1e-5  # relative; measured 7e-8
 Z_WEIGHT = 0.03        # large, so that its gradient is seen
 
 
