@@ -25,11 +25,25 @@ def test_a_member_may_pretend_another_size(fields, size):
 
 
 def test_folders_share_by_size_or_by_the_rates_given():
-    mixture, known = tasks.of_folders(("x/a", "x/b"))
+    (mixture,), known = tasks.of_folders(("x/a", "x/b"))
     assert known["x/a"].folder == "x/a"
     assert tasks.rates(mixture, {"x/a": 100, "x/b": 900}) == pytest.approx({"x/a": 0.25, "x/b": 0.75})
-    mixture, _ = tasks.of_folders((("x/a", 0.2), ("x/b", 0.6)))
+    (mixture,), _ = tasks.of_folders((("x/a", 0.2), ("x/b", 0.6)))
     assert tasks.rates(mixture, {"x/a": 100, "x/b": 900}) == pytest.approx({"x/a": 0.25, "x/b": 0.75})
+
+
+def test_a_folder_may_have_a_rate_for_each_lesson_and_rest_in_some():
+    sizes = {"a": 100, "b": 900, "c": 4}
+    mixtures, known = tasks.of_folders((("a", (1.0, 0.0)), ("b", (1.0, 3.0)), ("c", 1.0)), 2)
+    assert set(known) == {"a", "b", "c"}
+    first, second = (tasks.rates(mixture, sizes) for mixture in mixtures)
+    assert first == pytest.approx({"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
+    assert second == pytest.approx({"b": 0.75, "c": 0.25})
+
+
+def test_folders_without_rates_keep_their_shares_in_every_lesson():
+    mixtures, _ = tasks.of_folders(("a", "b"), 3)
+    assert [tasks.rates(mixture, {"a": 1, "b": 9}) for mixture in mixtures] == [{"a": 0.25, "b": 0.75}] * 3
 
 
 def test_mixtures_name_known_tasks_once():
@@ -43,7 +57,11 @@ def test_mixtures_name_known_tasks_once():
 @pytest.mark.parametrize("make, rule", [
     (lambda: tasks.of_folders(()), "at least one data folder"),
     (lambda: tasks.of_folders(("a", ("b", 0.5))), "either all"),
-    (lambda: tasks.of_folders((("a", -1.0),)), "rate of a group"),
+    (lambda: tasks.of_folders((("a", -1.0),)), "one rate >= 0.*-1.0.*for a"),
+    (lambda: tasks.of_folders((("a", (1.0, 2.0)),), 3), "one rate >= 0 for each of the 3 lessons"),
+    (lambda: tasks.of_folders((("a", 1.0), ("a", 1.0))), "once"),
+    (lambda: tasks.of_folders(("a", "a")), "once"),
+    (lambda: tasks.Group(rate=-1.0, members=(member("a"),)), "rate of a group"),
     (lambda: tasks.Group(rate=1.0, members=()), "at least one member"),
     (lambda: member("a", sampling_rate=0), "sampling_rate"),
     (lambda: member("a", high_res_share=1.5), "high_res_share"),
