@@ -77,10 +77,11 @@ class Scene:
         return max(int(np.searchsorted(self.times, seconds + 1e-6, side="right")) - 1, 0)
 
 
-def background(rng: np.random.Generator, height: int, width: int, texture: float) -> np.ndarray:
+def background(rng: np.random.Generator, height: int, width: int, texture: float,
+               tone: tuple[float, float], tint: float) -> np.ndarray:
     """Returns uint8[H, W, 3]: a greyish tone with soft blotches and slight grain of strength 0..1."""
-    tone = rng.uniform(50, 200) + rng.uniform(-14, 14, 3)
-    image = np.broadcast_to(tone, (height, width, 3)).astype(np.float32)
+    colour = rng.uniform(*tone) + rng.uniform(-tint, tint, 3)
+    image = np.broadcast_to(colour, (height, width, 3)).astype(np.float32)
     if texture > 0:
         cells = rng.uniform(-60 * texture, 60 * texture, (rng.integers(3, 7), rng.integers(3, 7)))
         blotches = Image.fromarray(cells.astype(np.float32)).resize((width, height), Image.BICUBIC)

@@ -49,7 +49,8 @@ def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Se
       frames_or_sizes: the Frames of a video, or (width, height) in pixels of each image; () for text.
       rng: draws templates, layouts and selections of images.
       train: random wording and layouts; else the plain ones.
-      num_templates: use only the first so many templates of each family; None: all.
+      num_templates: use only the first so many templates of each family; None: all. With 1, multiple choice
+        has the layout of evaluation.
 
     Raises:
       ValueError: naming example and annotation, if a point lies outside its frame, or the declared size is

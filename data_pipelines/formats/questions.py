@@ -24,7 +24,7 @@ def ask_chat(annotation: Mapping, view: views.View) -> tuple[str, ...]:
 def ask_choice(annotation: Mapping, view: views.View) -> tuple[str, str]:
     """Returns (question with options, answer): mostly random layouts in training, else the fixed one."""
     question, options, answer = annotation["question"], annotation["options"], annotation["answer"]
-    if view.train:
+    if view.train and view.num_templates != 1:
         shown = choices.format_training(question, options, answer, view.rng)
     else:
         shown = choices.format_evaluation(question, options)

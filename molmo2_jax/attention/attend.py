@@ -11,7 +11,7 @@ from molmo2_jax.attention import blocked
 from molmo2_jax.attention import tree_mask
 
 IMPLEMENTATIONS = ("dense", "blocked")
-TILE = 128  # positions per side of a tile of the blocked path
+TILE = 64  # positions per side of a tile of the blocked path
 
 
 def attend(q_BTNH, k_BTKH, v_BTKH, mask: tree_mask.TreeMask, implementation: str | None = None):
