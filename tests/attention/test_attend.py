@@ -45,9 +45,9 @@ def test_blocked_equals_dense_with_gradients(num_heads, num_kv_heads, tile):
 
 def test_a_length_that_is_no_multiple_of_the_tile_changes_nothing():
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((B, T, n, H), np.float32) for n in (4, 2, 2))
-    mask = tree_mask.from_batch(packs.random_rows(0, CONFIG, B, T), "image_tokens")
-    assert T % attend.TILE
+    length = attend.TILE + 13
+    q, k, v = (rng.standard_normal((B, length, n, H), np.float32) for n in (4, 2, 2))
+    mask = tree_mask.from_batch(packs.random_rows(0, CONFIG, B, length), "image_tokens")
     run = jax.jit(attend.attend, static_argnums=4)
     np.testing.assert_allclose(run(q, k, v, mask, "blocked"), run(q, k, v, mask, "dense"),
                                atol=TOLERANCE, rtol=0)

@@ -28,6 +28,15 @@ T, M, R = 96, 12, 40
 NEW = 64  # tokens of a greedy answer
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Models this small are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def load(folder):
     """The model transformers makes of a folder; nothing missing, unexpected or of another shape."""
     model, info = transformers.AutoModelForImageTextToText.from_pretrained(
