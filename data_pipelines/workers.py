@@ -58,7 +58,7 @@ class Reader:
 
     def __next__(self) -> Any:
         if self._needs_start:
-            with _hidden_main():
+            with hidden_main():
                 result = next(self._iterator)
             self._needs_start = False
             return result
@@ -77,7 +77,7 @@ _hiding = threading.Lock()
 
 
 @contextlib.contextmanager
-def _hidden_main() -> Iterator[None]:
+def hidden_main() -> Iterator[None]:
     """Keeps processes started meanwhile from importing the main module again.
 
     They need nothing of it; the training main would cost each of them seconds and some 200 MB.

@@ -42,11 +42,11 @@ def start(main: Callable[[list[str]], None], argv: list[str] | None = None) -> N
     app.run(functools.partial(_guarded, main), argv=argv, flags_parser=_parse)
 
 
-def workdir() -> pathlib.Path:
-    """Returns --workdir. Raises ValueError if it was not given."""
-    if not _WORKDIR.value:
+def workdir(default: pathlib.Path | None = None) -> pathlib.Path:
+    """Returns --workdir or the default. Raises ValueError if there is neither."""
+    if not (_WORKDIR.value or default):
         raise ValueError("--workdir must name the folder of the run")
-    return pathlib.Path(_WORKDIR.value)
+    return pathlib.Path(_WORKDIR.value or default)
 
 
 def bindings() -> list[str]:

@@ -33,7 +33,16 @@ for _name in ("gin_file", "gin", "workdir", "traceback"):
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
     config = cli.resolve("tokenizer", "data", "optim", "train")
-    workdir, params = cli.workdir().absolute(), _first_params(config)
+    if not fit(config, cli.workdir().absolute(), _first_params(config)).finished:
+        print("the same command continues")
+
+
+def fit(config: run.RunConfig, workdir: pathlib.Path, params=None) -> train.Result:
+    """Trains what a RunConfig describes, or goes on with it, and returns what molmo2_jax.train.fit does.
+
+    `params` is where to start, if not from scratch. The work directory (absolute) also receives the
+    tokenizer, the record of all settings, and counts of what was read.
+    """
     with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
         tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer, config.model.text.vocab_size)
         batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer)
@@ -46,6 +55,7 @@ def main(arguments: list[str]) -> None:
                 mesh=sharding.make_mesh(config.mesh), batches=batches, workdir=str(workdir),
                 params=params)
             _report(workdir, result, batches.counters())
+    return result
 
 
 def _first_params(config: run.RunConfig):
@@ -69,7 +79,7 @@ def _sizes(values: dict) -> dict:
 def _report(workdir: pathlib.Path, result: train.Result, counters: dict) -> None:
     (workdir / "data_counters.json").write_text(json.dumps(counters, indent=1), encoding="utf-8")
     if not result.finished:
-        print(f"stopped after step {int(result.state.step)}; the same command continues")
+        print(f"stopped and saved after step {int(result.state.step)}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,106 @@
+"""Steps of a longer job: announced, timed over all attempts, and left out once they are finished.
+
+The record is a small JSON file in the work directory, renewed every few seconds, so that an attempt that is
+killed leaves its time behind.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+NAME = "progress.json"
+_BEAT = 2.0  # seconds between two writings
+
+
+def fingerprint(*parts: object) -> str:
+    """Returns a short hash of what decides the result of a step."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def peak_bytes(workers: int) -> int:
+    """Returns an upper bound of the memory that was in use at one time.
+
+    The peak of this process, plus `workers` times that of its largest child that has ended. Pages they share
+    count several times.
+    """
+    kib = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    own, child = kib
+    return 1024 * (own + workers * child)
+
+
+class Progress:
+    """What was done in a work directory, how long it took, and the most memory it needed."""
+
+    def __init__(self, workdir: str | os.PathLike, workers: int):
+        self._path, self._workers = pathlib.Path(workdir) / NAME, workers
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        text = self._path.read_text(encoding="utf-8") if self._path.exists() else "{}"
+        self._kept = {"seconds": {}, "finished": {}, "peak_bytes": 0} | json.loads(text)
+
+    def run(self, name: str, sentence: str, key: str, work: Callable[[], None],
+            *results: pathlib.Path) -> None:
+        """Does `work` unless it was finished under this key and its results still exist."""
+        if self.is_finished(name, key) and all(result.exists() for result in results):
+            print(f"-- {sentence}: done before, in {self.seconds(name):.0f} s", flush=True)
+            return
+        print(f"-- {sentence}", flush=True)
+        start = time.monotonic()
+        self._kept["finished"].pop(name, None)
+        with self._timed(name):
+            work()
+        self._kept["finished"][name] = key
+        self._save()
+        print(f"-- done in {time.monotonic() - start:.0f} s", flush=True)
+
+    def is_finished(self, name: str, key: str) -> bool:
+        """Returns whether a step was finished under this key."""
+        return self._kept["finished"].get(name) == key
+
+    def seconds(self, name: str | None = None) -> float:
+        """Returns the seconds that a step took over all attempts, or all of them together."""
+        seconds = self._kept["seconds"]
+        return sum(seconds.values()) if name is None else seconds.get(name, 0.0)
+
+    def peak_gib(self) -> float:
+        """Returns the largest `peak_bytes` of all attempts, in GiB."""
+        return max(self._kept["peak_bytes"], peak_bytes(self._workers)) / 2**30
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Adds the time inside the block to the step's, and writes it down every few seconds."""
+        before, start, over = self.seconds(name), time.monotonic(), threading.Event()
+
+        def note() -> None:
+            self._kept["seconds"][name] = before + time.monotonic() - start
+            self._save()
+
+        def beat() -> None:
+            while not over.wait(_BEAT):
+                note()
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            note()
+
+    def _save(self) -> None:
+        self._kept["peak_bytes"] = max(self._kept["peak_bytes"], peak_bytes(self._workers))
+        write_text(self._path, json.dumps(self._kept, indent=1))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file that appears under its name only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
