@@ -1,0 +1,79 @@
+"""Metrics of a run that was killed and resumed read as if it had never stopped."""
+
+import json
+
+import numpy as np
+
+from molmo2_jax import metrics
+from tests import packs
+
+MODEL = packs.random_config("qwen3", 0)
+
+
+def write(workdir, first_step, steps, **values):
+    writer = metrics.Writer(str(workdir), first_step)
+    for step in steps:
+        writer.write(step, {"loss": step / 7, **values})
+    writer.close()
+
+
+def steps_of(workdir):
+    return [line["step"] for line in metrics.read(str(workdir / "metrics.jsonl"))]
+
+
+def test_lines_come_back_with_every_bit_of_their_numbers(tmp_path):
+    write(tmp_path, 1, (1, 2), examples=3)
+    assert metrics.read(str(tmp_path / "metrics.jsonl")) == [
+        {"step": step, "loss": step / 7, "examples": 3} for step in (1, 2)]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_steps_that_will_be_repeated_are_dropped(tmp_path):
+    write(tmp_path, 1, range(1, 8))
+    write(tmp_path, 5, range(5, 7))
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_last_line_cut_off_by_a_kill_is_left_out_and_written_over(tmp_path):
+    write(tmp_path, 1, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    assert steps_of(tmp_path) == [1, 2]
+    write(tmp_path, 3, (3, 4))
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_missing_file_has_no_lines(tmp_path):
+    assert metrics.read(str(tmp_path / "metrics.jsonl")) == []
+
+
+def test_counts_are_those_of_the_packed_examples():
+    rng = np.random.default_rng(0)
+    rows = [[packs.sequence(rng, MODEL, packs.video(rng, MODEL, 3), (4, 2, 6)),
+             packs.sequence(rng, MODEL, None, (5,))],
+            [packs.sequence(rng, MODEL, packs.images(rng, MODEL, 1), (3, 3))]]
+    batch = packs.packing.stack([packs.row(row, MODEL, 64, 5, 20) for row in rows])
+    # A row's last crop may be one that no window happens to touch: count up to the last that is used.
+    crops = sum(max(int(one.pooled.max()) // MODEL.vision.num_patches + 1 for one in row if len(one.pooled))
+                for row in rows)
+    tokens = sum(len(one.tokens) for row in rows for one in row)
+    assert metrics.batch_counts(batch) == {
+        "examples": 3, "branches": 6, "tokens": tokens, "token_fill": tokens / 128, "crop_fill": crops / 10}
+
+
+def test_a_batch_of_text_alone_has_no_crops_to_fill():
+    rng = np.random.default_rng(0)
+    batch = packs.row([packs.sequence(rng, MODEL, None, (5,))], MODEL, 16, 0, 0)
+    assert metrics.batch_counts(batch)["crop_fill"] == 0
+    assert metrics.batch_counts(batch)["examples"] == 1
+
+
+def test_progress_reports_smoothed_rates():
+    progress = metrics.Progress(0, 2, disable=True)
+    counts = {"examples": 4, "tokens": 100, "token_fill": 0.5, "crop_fill": 0.25}
+    first = progress.update(counts, 1.0)
+    second = progress.update(counts | {"tokens": 0}, 1.0)
+    progress.close()
+    assert first["tokens_per_second"] / first["examples_per_second"] == np.float64(25)
+    assert 0 < second["tokens_per_second"] < first["tokens_per_second"]
