@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from absl import app
 from absl import flags
+from absl import logging
 
 from launch import record
 from launch import run
@@ -89,7 +90,10 @@ def _located(path: str) -> pathlib.Path:
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if not flags.FLAGS["verbosity"].present:  # Orbax tells at length what it does
+            logging.set_verbosity(logging.WARNING)
+        return rest
     except flags.Error as error:
         _fail(error)
     except SystemExit:  # absl exits with 1 after printing the help that was asked for

@@ -15,7 +15,6 @@ import pathlib
 
 import jax
 from absl import flags
-from absl import logging
 
 from data_pipelines import sources
 from data_pipelines import synthetic
@@ -83,7 +82,6 @@ class Job:
 
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
-    logging.set_verbosity(logging.ERROR)  # Orbax tells at length what it does
     workdir = cli.workdir(run.ROOT / FOLDER).absolute()
     job = Job(workdir=workdir, config=settings(workdir, cli.bindings(), cli.SEED.value), seed=cli.SEED.value,
               scale=_SCALE.value)

@@ -1,0 +1,37 @@
+"""Draws a data folder of moving shapes with known answers, in the bring-your-own-data format.
+
+  python -m launch.draw --world=full --output=runs/full/data --split=train --examples=20000 --seed=1
+  python -m launch.draw --world=full --output=runs/full/data --split=heldout --examples=256 --seed=2
+
+Writes OUTPUT/SPLIT/annotations.jsonl and its media; docs/data_format.md describes them. Splits other than
+train get the masks that scores need. A folder that is complete is left as it is.
+"""
+
+from absl import flags
+
+from data_pipelines import synthetic
+from data_pipelines import workers
+from launch import cli
+
+WORLDS = {"quickstart": synthetic.quickstart_world, "full": synthetic.full_world}
+_WORLD = flags.DEFINE_enum("world", "full", sorted(WORLDS), "quickstart: one or two large objects, kept apart. "
+                           "full: one to six that cross, hide each other, enter and leave.")
+_SPLIT = flags.DEFINE_string("split", "train", "Name of the subfolder; part of what decides the drawings.")
+_EXAMPLES = flags.DEFINE_integer("examples", 1000, "Videos, stills and sets of stills to draw.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", 2, "Processes that draw.", lower_bound=1)
+for _name in ("output", "seed", "traceback"):
+    flags.declare_key_flag(_name)
+
+
+def main(arguments: list[str]) -> None:
+    cli.no_arguments(arguments)
+    if not cli.OUTPUT.value:
+        raise ValueError("--output must name the folder to write into")
+    with workers.hidden_main():
+        path = synthetic.write(cli.OUTPUT.value, WORLDS[_WORLD.value](), cli.SEED.value, _EXAMPLES.value,
+                               _SPLIT.value, workers=_WORKERS.value)
+    print(path)
+
+
+if __name__ == "__main__":
+    cli.start(main)
