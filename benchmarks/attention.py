@@ -8,11 +8,11 @@ The row is drawn like a packed row of videos: roots with visual tokens in frames
 import statistics
 import time
 
-from absl import app
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app
+from absl import flags
 
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import tree_mask
@@ -56,7 +56,8 @@ def median_seconds(function, *arguments) -> float:
 def main(_) -> None:
     print(f"{HEADS} heads of {HEAD_DIM}, {KV_HEADS} key heads, float32, tile {attend.TILE}, "
           f"{jax.default_backend()}")
-    print("| tokens | density | dense fwd / fwd+bwd, ms | blocked, ms | ratio fwd / fwd+bwd |\n|---|---|---|---|---|")
+    print("| tokens | density | dense fwd / fwd+bwd, ms | blocked, ms | ratio fwd / fwd+bwd |")
+    print("|---|---|---|---|---|")
     for length in _LENGTH.value:
         mask = packed_row(length, np.random.default_rng(0))
         keys = jax.random.split(jax.random.key(0), 3)
@@ -67,7 +68,7 @@ def main(_) -> None:
             def forward(q, k, v, name=name):
                 return attend.attend(q, k, v, mask, name)
             both = jax.grad(lambda q, k, v: forward(q, k, v).sum(), argnums=(0, 1, 2))  # noqa: B023
-            seconds[name] = (median_seconds(jax.jit(forward), q, k, v), median_seconds(jax.jit(both), q, k, v))
+            seconds[name] = tuple(median_seconds(jax.jit(one), q, k, v) for one in (forward, both))
         density = float(tree_mask.dense(mask).mean())
         shown = {name: " / ".join(f"{1e3 * value:.0f}" for value in pair) for name, pair in seconds.items()}
         ratio = " / ".join(f"{slow / fast:.1f}" for slow, fast in zip(seconds["dense"], seconds["blocked"]))

@@ -65,7 +65,8 @@ class WorldConfig:
                      "branches"):
             low, high = getattr(self, name)
             _require(0 <= low <= high, f"{name} must be a range 0 <= low <= high", (low, high))
-        _require(self.lattice is None or 0 < self.lattice <= 0.25, "lattice must lie in (0, 0.25]", self.lattice)
+        _require(self.lattice is None or 0 < self.lattice <= 0.25, "lattice must lie in (0, 0.25]",
+                 self.lattice)
         _require(self.objects[0] >= 1, "objects must be >= 1", self.objects)
         _require(self.radius[0] > 0 and self.radius[1] * synthetic_scene.REACH < 0.5,
                  "radius must be > 0 and fit into the frame (below 0.4)", self.radius)
@@ -120,8 +121,8 @@ def quickstart_lessons() -> dict[str, tuple[WorldConfig, int]]:
     short = dataclasses.replace(world, duration=(0.5, 0.5), image_set_share=0.0, branches=(2, 5),
                                 annotations=(("points", 4.0), ("count", 0.5)))
     one = dataclasses.replace(short, objects=(1, 1), image_share=0.35)
-    two = dataclasses.replace(short, image_share=0.35)
-    return {"one": (one, 1500), "two": (two, 2500), "clips": (world, 3000)}
+    two = dataclasses.replace(short, objects=(2, 2), image_share=0.35)
+    return {"one": (one, 1500), "two": (two, 4000), "clips": (world, 3500)}
 
 
 def full_world() -> WorldConfig:

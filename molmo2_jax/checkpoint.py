@@ -6,11 +6,11 @@ of the loader, one file per process. A step counts only when both items are comp
 
 import os
 
-from absl import logging
 import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
@@ -30,7 +30,8 @@ class Manager:
         """Returns the steps that hold all `items`, oldest first; others are reported and passed over."""
         complete = []
         for step in sorted(self._manager.all_steps()):
-            missing = [item for item in items if not _has_content(os.path.join(self._folder, str(step), item))]
+            missing = [item for item in items
+                       if not _has_content(os.path.join(self._folder, str(step), item))]
             if missing:
                 logging.warning("checkpoint %d is incomplete, passing it over: no %s", step, missing)
             else:

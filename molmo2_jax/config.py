@@ -3,7 +3,8 @@
 All configs are frozen and checked at construction. They live here rather than beside the modules because
 the model, the inputs and the Hugging Face conversion all read them.
 
-Source: paper, section 3.1 and appendix; reference: olmo/model_configs.py, olmo/nn/llm.py, olmo/nn/image_vit.py.
+Source: paper, section 3.1 and appendix; reference: olmo/model_configs.py, olmo/nn/llm.py,
+olmo/nn/image_vit.py.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ class Writer:
         with open(self._path + ".tmp", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         os.replace(self._path + ".tmp", self._path)
-        self._file = open(self._path, "a", buffering=1)
+        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115, closed by close()
         import tensorboardX  # half a second of imports that only a training run needs
         self._board = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step)
 

@@ -98,7 +98,8 @@ def _kernel_axes(path: tuple[str, ...], leaf):
 
 def _update_rule(config: OptimConfig, tower: Tower, total: int) -> optax.GradientTransformation:
     def schedule(peak):
-        return lambda count: learning_rate(dataclasses.replace(tower, lr=peak), config.floor, total, count + 1)
+        peaked = dataclasses.replace(tower, lr=peak)
+        return lambda count: learning_rate(peaked, config.floor, total, count + 1)
     if config.muon is None:
         return optax.adamw(schedule(tower.lr), config.beta1, config.beta2, config.eps,
                            weight_decay=config.weight_decay, mask=_decays)

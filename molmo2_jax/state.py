@@ -65,7 +65,8 @@ def _like_parameters(opt_state, params, otherwise):
         name = names(path)
         owner = next((known[name[i:]] for i in range(len(name)) if name[i:] in known), None)
         is_moment = owner is not None and owner.shape == leaf.shape
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=owner.sharding if is_moment else otherwise)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                    sharding=owner.sharding if is_moment else otherwise)
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
 

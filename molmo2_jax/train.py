@@ -9,10 +9,10 @@ import signal
 import threading
 from typing import Any
 
-from absl import logging
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
 from molmo2_jax import checkpoint
 from molmo2_jax import loss

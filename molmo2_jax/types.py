@@ -93,7 +93,7 @@ class Sequence:
 
 
 class Batch(NamedTuple):
-    """Packed rows of fixed shape. The attention mask is (end, group) or (end, image): see attention.tree_mask.
+    """Packed rows of fixed shape. The mask is (end, group) or (end, image): see attention.tree_mask.
 
     Padding: tokens, targets, weights, positions 0; end = own position + 1; example, branch, group, image -1;
     patches 0; pooled -1.
@@ -103,8 +103,8 @@ class Batch(NamedTuple):
     weights: Any             # float32[B, T]
     positions: Any           # int32[B, T], restart in every example and every branch
     end: Any                 # int32[B, T], first position that may no longer see this key by causality
-    group: Any               # int32[B, T], counts the examples of a row that have visual tokens, at visual tokens
-    image: Any               # int32[B, T], counts the images and frames of a row, at visual tokens
+    group: Any               # int32[B, T], at visual tokens: counts the examples of a row that have some
+    image: Any               # int32[B, T], at visual tokens: counts the images and frames of a row
     example: Any             # int32[B, T], which of the packed examples
     branch: Any              # int32[B, T], -1 in roots
     patches: Any             # uint8[B, M, P, C]

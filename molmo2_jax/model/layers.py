@@ -3,9 +3,9 @@
 B batch, T positions, N heads, H head width, D width; `...` any leading dimensions.
 """
 
-from collections.abc import Callable
 import functools
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -37,7 +37,7 @@ def layer_norm(x, scale, bias, eps: float):
 
 
 def inverse_frequencies(theta: float, head_dim: int, yarn: config_lib.YarnConfig | None) -> np.ndarray:
-    """Returns float32[H/2] radians per position; `yarn` stretches the slow half (reference: olmo/nn/rope.py)."""
+    """Returns float32[H/2] radians per position; `yarn` stretches the slow ones (olmo/nn/rope.py)."""
     inverse = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if yarn is not None:
         def rotations_at(count):
@@ -145,8 +145,9 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("norm",)), (self.size,))
-        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)), (self.size,))
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+        scale, bias = self.param("scale", ones, (self.size,)), self.param("bias", zeros, (self.size,))
         return layer_norm(x, scale, bias, self.eps)
 
 

@@ -40,7 +40,8 @@ class Molmo2(nn.Module):
         self.vision = vision.VisionTransformer(c.vision, c.connector.taps, self.dtype, self.remat)
         self.connector = connector.Connector(c.connector, t.width, self.dtype)
         self.text = text.Decoder(t, self.dtype, self.remat, self.attention)
-        normal = nn.with_logical_partitioning(nn.initializers.normal(t.embedding_init_std), ("vocab", "embed"))
+        normal = nn.initializers.normal(t.embedding_init_std)
+        normal = nn.with_logical_partitioning(normal, ("vocab", "embed"))
         self.base_embedding = self.param("base_embedding", normal, (t.vocab_size, t.width))
         self.new_embedding = self.param("new_embedding", normal, (t.additional_vocab_size, t.width))
         if not t.tied_head:

@@ -61,7 +61,8 @@ class VisionTransformer(nn.Module):
         B, M, P, C = patches_BMPC.shape
         x = layers.Linear((C, c.width), (None, "embed"), use_bias=True, init_std=c.init_std,
                           dtype=self.dtype, name="patch")(normalise(patches_BMPC.reshape(B * M, P, C)))
-        normal = nn.with_logical_partitioning(nn.initializers.normal(c.position_init_std or c.width ** -0.5), (None, "embed"))
+        normal = nn.initializers.normal(c.position_init_std or c.width ** -0.5)
+        normal = nn.with_logical_partitioning(normal, (None, "embed"))
         x = x + self.param("position", normal, (P, c.width)).astype(x.dtype)
 
         block = Block(c, self.dtype, parent=None)
@@ -69,6 +70,7 @@ class VisionTransformer(nn.Module):
         outputs, start = {}, 0
         for tap in sorted(set(self.taps)):  # run up to each tap in turn; nothing behind the last is computed
             segment = jax.tree.map(lambda p: p[start:tap + 1], stack)
-            x, _ = layers.run_stack(lambda x, p: (block.apply({"params": p}, x), None), x, segment, self.remat)
+            x, _ = layers.run_stack(lambda x, p: (block.apply({"params": p}, x), None), x, segment,
+                                    self.remat)
             outputs[tap], start = x, tap + 1
         return jnp.concatenate([outputs[tap] for tap in self.taps], -1).reshape(B, M, P, -1)

@@ -46,7 +46,7 @@ class Report:
     """What the page shows; empty parts are left out.
 
     facts: short name -> value, shown under the title. curves: chart title -> curve name -> curve.
-    row_svg, row_mask: of tree.tree_svg and tree.mask_picture.
+    row_svg, row_mask: of tree.tree_svg and tree.mask_picture. command: what to type next, at the end.
     """
     title: str
     summary: str = ""
@@ -69,6 +69,7 @@ def page(report: Report) -> str:
     """Returns the HTML of a report."""
     legend = ('<p class="legend"><span class="ring"></span> true point <span class="cross">✕</span> '
               "predicted point; a colour stands for one id of the answer</p>")
+    command = f"<pre><code>{html.escape(report.command)}</code></pre>" if report.command else ""
     sections = [
         _section("Scores on held-out data", _metrics(report.metrics) if report.metrics else ""),
         _section("Training", _charts(report.curves) if report.curves else ""),
@@ -76,15 +77,15 @@ def page(report: Report) -> str:
                  legend + _cards(report.answers) if report.answers else ""),
         _section("Tracks", _cards(report.tracks, "wide") if report.tracks else ""),
         _section("One packed row, as its message trees", _row(report)),
+        _section("To try next", command),
     ]
-    command = f"<pre><code>{html.escape(report.command)}</code></pre>" if report.command else ""
     facts = "".join(f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd></div>"
                     for name, value in report.facts.items())
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(report.title)}'
             '</title><meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><style>{_STYLE}</style></head><body><main>'
             f"<header><h1>{html.escape(report.title)}</h1><p>{html.escape(report.summary)}</p>"
-            f'{f"<dl>{facts}</dl>" if facts else ""}{command}</header>'
+            f'{f"<dl>{facts}</dl>" if facts else ""}</header>'
             f"{''.join(sections)}</main></body></html>\n")
 
 
@@ -189,14 +190,16 @@ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,
 main{max-width:1120px;margin:0 auto;padding:40px 24px 80px}
 h1{font-size:30px;line-height:1.2;margin:0 0 8px;letter-spacing:-.02em}
 h2{font-size:20px;margin:0 0 16px;letter-spacing:-.01em}
-h3{font-size:15px;line-height:1.4;margin:12px 0 6px;display:flex;gap:10px;justify-content:space-between}
+h3{font-size:15px;line-height:1.4;margin:12px 0 6px;display:flex;gap:10px;justify-content:space-between;
+white-space:pre-line}
 header p{color:var(--soft);margin:0 0 20px;max-width:70ch}
 section{margin-top:52px}
 header dl{display:flex;flex-wrap:wrap;gap:12px;margin:0 0 20px}
 header dl div{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 16px}
 header dt{font-size:12px;color:var(--soft)}
 header dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums}
-pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px;overflow:auto}
+pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 16px;overflow:auto;
+white-space:pre-wrap}
 code{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;background:var(--card);border:1px solid var(--line);
