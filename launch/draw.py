@@ -15,7 +15,7 @@ from launch import cli
 
 WORLDS = {"quickstart": synthetic.quickstart_world, "full": synthetic.full_world}
 _WORLD = flags.DEFINE_enum(
-    "world", "full", sorted(WORLDS), "quickstart: one or two large objects, kept apart. full: one to six that "
+    "world", "full", sorted(WORLDS), "quickstart: one or two large objects apart. full: one to six that "
     "cross, hide each other, enter and leave.")
 _SPLIT = flags.DEFINE_string("split", "train", "Name of the subfolder; part of what decides the drawings.")
 _EXAMPLES = flags.DEFINE_integer("examples", 1000, "Videos, stills and sets of stills.", lower_bound=1)
