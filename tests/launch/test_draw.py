@@ -10,7 +10,8 @@ def _draw(*flags):
 
 
 def test_a_drawn_folder_is_read_like_any_other(tmp_path):
-    done = _draw(f"--output={tmp_path}", "--world=quickstart", "--split=heldout", "--examples=3", "--workers=1")
+    done = _draw(f"--output={tmp_path}", "--world=quickstart", "--split=heldout", "--examples=3",
+                 "--workers=1")
     assert done.returncode == 0, done.stderr
     assert len(sources.read_jsonl(tmp_path / "heldout" / "annotations.jsonl")) == 3
 
