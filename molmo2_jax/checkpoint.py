@@ -5,9 +5,11 @@ of the loader, one file per process. A step counts only when both items are comp
 """
 
 import os
+import shutil
 
 import grain
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
@@ -52,12 +54,12 @@ class Manager:
         self._write(0, {"state": ocp.args.PyTreeSave({"params": params})})
 
     def _write(self, step, items):
-        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
-            raise ValueError(f"a checkpoint's step must be newer than all saved ones; got {step} in "
-                             f"{self._folder}, which has {sorted(self._manager.all_steps())}")
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def restore(self, abstract: state_lib.TrainState, batches=None):
         """Returns the newest complete TrainState, or None; moves `batches` to its position.
+
+        Newer steps that cannot be used are set aside as `<step>.damaged`: the run comes by them again.
 
         Raises:
           ValueError: shapes or dtypes differ from `abstract` (every path that does is named), or the data
@@ -70,8 +72,20 @@ class Manager:
                 self._manager.restore(step, args=ocp.args.Composite(
                     data=grain.checkpoint.CheckpointRestore(batches)))
                 logging.info("restored step %d from %s", step, self._folder)
+                self._set_aside_after(step)
                 return _from_storable(tree)
+        self._set_aside_after(0)
         return None
+
+    def _set_aside_after(self, step):
+        for damaged in [one for one in self._manager.all_steps() if one > step]:
+            path = os.path.join(self._folder, str(damaged))
+            if jax.process_index() == 0:
+                shutil.rmtree(path + ".damaged", ignore_errors=True)
+                os.rename(path, path + ".damaged")
+            logging.error("set aside %s", path + ".damaged")
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._manager.reload()
 
     def restore_params(self, params):
         """Returns the newest parameters, with the shapes and shardings of the abstract tree `params`.

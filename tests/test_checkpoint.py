@@ -1,0 +1,189 @@
+"""What was saved comes back bit for bit, on any mesh; what is damaged is passed over and said."""
+
+import dataclasses
+import logging
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from molmo2_jax import checkpoint
+from molmo2_jax import optim
+from molmo2_jax import state as state_lib
+from molmo2_jax.model import molmo2
+from tests import tiny
+
+MODEL = molmo2.Molmo2(tiny.MODEL)
+TX = optim.make(optim.OptimConfig(), 10)
+
+
+def bits(state):
+    return jax.tree.map(np.asarray, state._replace(rng=jax.random.key_data(state.rng)))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def random_state(step, model=MODEL, mesh=None):
+    """Returns a state in which every bit matters; nothing is compiled to make it."""
+    rng = np.random.default_rng(step)
+    abstract = state_lib.abstract(model, TX, mesh or tiny.mesh())
+
+    def draw(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.fold_in(jax.random.key(7), step), leaf.sharding)
+        values = rng.normal(size=leaf.shape) * 1e3 if leaf.dtype == np.float32 else np.full(leaf.shape, step)
+        return jax.device_put(np.asarray(values, leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(draw, abstract)
+
+
+@pytest.fixture
+def manager(tmp_path):
+    """Makes managers of the folder, and closes them when the test ends."""
+    made = []
+
+    def make(keep=3):
+        made.append(checkpoint.Manager(str(tmp_path), keep))
+        return made[-1]
+    yield make
+    for one in made:
+        one.close()
+
+
+def batches_at(number):
+    batches = tiny.Batches()
+    batches.set_state({"next": number})
+    return batches
+
+
+def save(manager, *steps):
+    for step in steps:
+        manager.save(step, random_state(step), batches_at(10 * step))
+    manager.wait()
+
+
+def assert_restores(manager, step, mesh=None):
+    abstract, batches = state_lib.abstract(MODEL, TX, mesh or tiny.mesh()), tiny.Batches()
+    restored = manager.restore(abstract, batches)
+    assert_equal(bits(restored), bits(random_state(step)))
+    assert batches.get_state() == {"next": 10 * step}
+    for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
+        assert leaf.dtype == wanted.dtype and leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    return restored
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_data_position(manager):
+    save(manager(), 1, 2)
+    restored = assert_restores(manager(), 2)
+    assert (jax.random.bits(restored.rng, (4,)) == jax.random.bits(random_state(2).rng, (4,))).all()
+
+
+def test_a_state_may_be_restored_on_another_mesh(manager):
+    one = manager()
+    one.save(1, random_state(1, mesh=tiny.mesh(fsdp=2)), batches_at(10))
+    one.wait()
+    restored = assert_restores(manager(), 1, tiny.mesh(data=2, fsdp=2, tensor=2))
+    assert len(restored.params["head"].sharding.device_set) == 8
+
+
+def test_only_the_newest_are_kept(manager):
+    one = manager(keep=2)
+    save(one, 1, 2, 3)
+    assert one.steps() == [2, 3]
+
+
+def test_an_empty_folder_has_nothing_to_restore(manager):
+    assert manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches()) is None
+
+
+def test_a_state_of_another_model_is_refused_with_every_path_that_differs(manager):
+    save(manager(), 1)
+    text = dataclasses.replace(tiny.MODEL.text, mlp_width=20)
+    other = molmo2.Molmo2(dataclasses.replace(tiny.MODEL, text=text))
+    with pytest.raises(ValueError, match="checkpoint 1 must fit") as raised:
+        manager().restore(state_lib.abstract(other, TX, tiny.mesh()), tiny.Batches())
+    lines = str(raised.value).splitlines()[1:]
+    assert len(lines) == 3 * 3  # three kernels, each with two moments
+    assert sum("params/text/layers/mlp/down/kernel: saved ((2, 16, 12), 'float32'), wanted ((2, 20, 12)"
+               in line for line in lines) == 1
+
+
+def damage(folder: pathlib.Path):
+    """Cuts every file of a saved state that is not tiny to half."""
+    large = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 200]
+    assert large
+    for path in large:
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
+def forget(folder):
+    shutil.rmtree(folder)
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("harm, item, words", [
+    (forget, "data", "incomplete"), (empty, "state", "incomplete"), (damage, "state", "cannot be read")])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
+        harm, item, words, manager, tmp_path, caplog):
+    save(manager(), 1, 2)
+    harm(tmp_path / "checkpoints" / "2" / item)
+    with caplog.at_level(logging.WARNING):
+        again = manager()
+        assert_restores(again, 1)
+    assert any(words in record.getMessage() and "2" in record.getMessage() for record in caplog.records)
+    save(again, 2, 3)  # the run that goes on from step 1 comes by step 2 again
+    assert_restores(manager(), 3)
+    assert manager().steps() == [1, 2, 3]
+    assert (tmp_path / "checkpoints" / "2.damaged").is_dir()
+
+
+def test_a_save_that_was_killed_leaves_no_step_behind(manager, tmp_path):
+    save(manager(), 1)
+    partial = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "1", partial)
+    assert_restores(manager(), 1)
+
+
+def test_a_step_is_saved_once(manager):
+    one = manager()
+    save(one, 1)
+    with pytest.raises(ValueError, match="step 1 already exists"):
+        save(one, 1)
+
+
+# Parameters alone
+
+
+def test_parameters_are_loaded_from_a_run_and_from_parameters_alone(manager, tmp_path):
+    save(manager(), 1)
+    mesh = tiny.mesh(fsdp=2)
+    loaded = checkpoint.load_params(str(tmp_path), MODEL, mesh)
+    assert_equal(loaded, random_state(1).params)
+    assert loaded["head"].sharding.mesh == mesh
+    checkpoint.save_params(str(tmp_path / "alone"), loaded)
+    assert_equal(checkpoint.load_params(str(tmp_path / "alone"), MODEL), random_state(1).params)
+
+
+def test_parameters_alone_are_not_continued(tmp_path, caplog):
+    checkpoint.save_params(str(tmp_path), random_state(1).params)
+    manager = checkpoint.Manager(str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert manager.restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches()) is None
+    assert "incomplete" in caplog.text
+    manager.close()
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="must hold a checkpoint"):
+        checkpoint.load_params(str(tmp_path), MODEL)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="must hold a checkpoint"):
+        checkpoint.load_params(str(tmp_path), MODEL)
