@@ -5,6 +5,7 @@ Source: paper, section 3.3; reference: olmo/train/trainer.py.
 
 import dataclasses
 import functools
+import math
 import signal
 import threading
 from typing import Any
@@ -120,7 +121,8 @@ def fit(*, model_config, config: TrainConfig, optimiser: optim.OptimConfig, mesh
       params: where to start instead of from scratch, when there is no checkpoint.
 
     Raises:
-      FloatingPointError: the loss is not finite; the step is named and nothing is saved over older ones.
+      FloatingPointError: the loss or a gradient is not finite; the step is named, and nothing is saved over
+        older ones.
     """
     model = molmo2.Molmo2(model_config, config.dtype, config.remat, config.attention)
     tx = optim.make(optimiser, config.steps)
@@ -170,8 +172,8 @@ class _Report:
             return
         (step, counts, measured), self._waiting = self._waiting, None
         values = {name: float(value) for name, value in measured.items()}
-        if not all(map(jnp.isfinite, (values["loss"], values["z_loss"]))):
-            raise FloatingPointError(f"the loss of step {step} must be finite; got {values}")
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(f"loss and gradients of step {step} must be finite; got {values}")
         rates = self._progress.update(counts, values["loss"])
         if step % self._every == 0 or step in (1, self._last):
             self._writer.write(step, {**values, **counts, **rates})
