@@ -184,8 +184,8 @@ def molmo2_o_7b() -> Molmo2Config:
 def nano() -> Molmo2Config:
     """The same architecture at laptop size, for the quickstart, tests and demos."""
     return Molmo2Config(
-        vision=VisionConfig(image_size=72, patch_size=8, width=64, num_layers=2, num_heads=4, head_dim=16,
-                            mlp_width=128, position_init_std=0.5),
-        connector=ConnectorConfig(taps=(1, 0), num_heads=4, head_dim=16, mlp_width=256, init_std=None),
+        vision=VisionConfig(image_size=72, patch_size=8, width=64, num_layers=3, num_heads=4, head_dim=16,
+                            mlp_width=256, position_init_std=0.5),
+        connector=ConnectorConfig(taps=(2, 0), num_heads=4, head_dim=16, mlp_width=256, init_std=None),
         text=TextConfig(vocab_size=512, width=96, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
                         mlp_width=256, max_positions=4096, init_std=None, embedding_init_std=0.3))
