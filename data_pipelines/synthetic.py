@@ -7,6 +7,7 @@ Example `index` of a split depends on (seed, split, index, WorldConfig) alone.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import fractions
 import functools
@@ -14,6 +15,8 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
+import threading
 import zlib
 from typing import Literal
 
@@ -114,12 +117,12 @@ def quickstart_world() -> WorldConfig:
 def quickstart_lessons() -> dict[str, tuple[WorldConfig, int]]:
     """Returns name -> (world, number of examples) of the quickstart's curriculum, the easiest first.
 
-    A model that has never pointed learns it on one object in short clips; then which of two was asked for;
-    then whole clips with tracks, counts and choices.
+    A model that has never pointed learns it on one object in clips of two frames; then which of two was
+    asked for; then whole clips with counts and choices.
     """
     world = quickstart_world()
-    short = dataclasses.replace(world, duration=(0.5, 0.5), image_set_share=0.0, branches=(2, 5),
-                                annotations=(("points", 4.0), ("count", 0.5)))
+    short = dataclasses.replace(world, duration=(0.5, 0.5), image_set_share=0.0, branches=(3, 6),
+                                annotations=(("points", 4.0), ("tracks", 4.0), ("count", 0.5)))
     one = dataclasses.replace(short, objects=(1, 1), image_share=0.35)
     two = dataclasses.replace(short, objects=(2, 2), image_share=0.35)
     return {"one": (one, 1500), "two": (two, 4000), "clips": (world, 3500)}
@@ -347,4 +350,18 @@ def _map(make, number: int, workers: int):
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(make, range(number), chunksize=max(1, min(16, number // (4 * workers))))
+        with _ignored_interrupts():
+            results = pool.map(make, range(number), chunksize=max(1, min(16, number // (4 * workers))))
+        yield from results
+
+
+@contextlib.contextmanager
+def _ignored_interrupts():
+    """Makes processes that start meanwhile leave Ctrl-C to this one: what is ignored stays so in them."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before)
