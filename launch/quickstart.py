@@ -85,8 +85,12 @@ def main(arguments: list[str]) -> None:
     workdir = cli.workdir(run.ROOT / FOLDER).absolute()
     job = Job(workdir=workdir, config=settings(workdir, cli.bindings(), cli.SEED.value), seed=cli.SEED.value,
               scale=_SCALE.value)
-    with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
-        quickstart(job)
+    try:
+        with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
+            quickstart(job)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped")
+        raise
 
 
 def settings(workdir: pathlib.Path, bindings: list[str], seed: int) -> run.RunConfig:
@@ -154,7 +158,7 @@ def make_tokenizer(job: Job) -> None:
 def fit(job: Job) -> None:
     """Raises KeyboardInterrupt if training was interrupted (and saved)."""
     if not train.fit(job.config, job.workdir).finished:
-        print("training is not finished, so nothing is scored yet; the same command goes on")
+        print("training is not finished, so nothing is scored yet")
         raise KeyboardInterrupt
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import pathlib
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,7 +86,7 @@ def choose(found: Sequence[Case], kind: str, most: int) -> list[Case]:
     for case in found:
         if case.kind == kind:
             groups.setdefault(case.variety, []).append(case)
-    ordered = [groups[variety] for variety in sorted(groups, key=str, reverse=True)]
+    ordered = [groups[variety] for variety in sorted(groups, key=str)]
     chosen: dict[int, Case] = {}
     for turn in range(max(map(len, ordered), default=0)):
         for group in ordered:
@@ -222,7 +223,7 @@ def _facts(config: run.RunConfig, lines: Sequence[Mapping], summary) -> dict[str
     train, total, memory = scoreboard.costs(summary)
     seen = np.mean([line["examples"] for line in lines]) * config.train.steps
     return {"training": train, "in all": total, "memory at most": memory,
-            "steps": f"{config.train.steps:,}", "examples seen": f"about {seen:,.0f}"}
+            "steps": f"{config.train.steps:,}", "examples seen": f"about {round(seen, -2):,.0f}"}
 
 
 def _metrics(summary) -> list[report.Metric]:
@@ -245,12 +246,13 @@ def _curves(lines: Sequence[Mapping]) -> dict[str, dict[str, report.Curve]]:
 
 
 def commands(workdir: str, examples: Sequence[types.Example], spelt: Callable[[str], str]) -> str:
-    """Returns what to try next, one command per line; `spelt` shortens a path."""
+    """Returns what to try next, a command per line; `spelt` shortens a path."""
     clip = next(example for example in examples if example.video)
     label = next(one["label"] for one in clip.annotations if "label" in one)
-    ask = f"python -m launch.generate --model={workdir} --video={spelt(clip.video)}"
+    python = spelt(sys.executable)
+    ask = f"{python} -m launch.generate --model={workdir} --video={spelt(clip.video)}"
     return "\n".join((
         f"{ask} --prompt={shlex.quote(f'Point to the {label}.')} --render=out.png",
         f"{ask} --prompt={shlex.quote(f'Track the {label}.')} --render=out.gif",
         f"{ask} --prompt={shlex.quote(f'How many {label} are there in the video?')} --json",
-        f"python -m launch.evaluate --workdir={workdir} --data={workdir}/data/heldout"))
+        f"{python} -m launch.evaluate --workdir={workdir} --data={workdir}/data/heldout"))
