@@ -110,22 +110,23 @@ def quickstart_world() -> WorldConfig:
         radius=(0.17, 0.22), lattice=0.1, is_apart=True, leave_share=0.0, frame_side=(96, 112),
         fps=(8, 10, 12), duration=(1.0, 2.0), vfr_share=0.05, texture=0.15, tone=(85.0, 115.0), tint=5.0,
         image_share=0.3, image_set_share=0.05, images_per_set=(2, 2), branches=(4, 8),
-        annotations=(("points", 4.0), ("tracks", 3.0), ("count", 1.0), ("choice", 1.0)),
+        annotations=(("points", 5.0), ("tracks", 2.0), ("count", 0.7), ("choice", 0.7)),
         phrases=("colour_kind", "any"), absent_share=0.0)
 
 
 def quickstart_lessons() -> dict[str, tuple[WorldConfig, int]]:
     """Returns name -> (world, number of examples) of the quickstart's curriculum, the easiest first.
 
-    A model that has never pointed learns it on one object in clips of two frames; then which of two was
-    asked for; then whole clips with counts and choices.
+    A model that has never pointed learns it on one object in clips of two frames; then which of several was
+    asked for; then whole clips with tracks, counts and choices.
     """
     world = quickstart_world()
-    short = dataclasses.replace(world, duration=(0.5, 0.5), image_set_share=0.0, branches=(3, 6),
-                                annotations=(("points", 4.0), ("tracks", 4.0), ("count", 0.5)))
-    one = dataclasses.replace(short, objects=(1, 1), image_share=0.35)
-    two = dataclasses.replace(short, objects=(2, 2), image_share=0.35)
-    return {"one": (one, 1500), "two": (two, 4000), "clips": (world, 3500)}
+    short = dataclasses.replace(world, duration=(0.5, 0.5), image_share=0.35, image_set_share=0.0)
+    one = dataclasses.replace(short, objects=(1, 1), branches=(2, 4),
+                              annotations=(("points", 4.0), ("count", 0.5)))
+    several = dataclasses.replace(short, objects=(2, 3), branches=(3, 3), annotations=(("points", 1.0),),
+                                  phrases=("colour_kind",), point_modes=("bare",))
+    return {"one": (one, 1500), "several": (several, 5000), "clips": (world, 3500)}
 
 
 def full_world() -> WorldConfig:

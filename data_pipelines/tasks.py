@@ -136,7 +136,7 @@ def _refuse_twice(names) -> None:
 
 
 TASKS: dict[str, Task] = {
-    "shapes": Task(folder="runs/quickstart/data/train"),
+    "shapes": Task(folder="runs/quickstart/data/clips"),
 }
 
 MIXTURES: dict[str, Mixture] = {
