@@ -117,16 +117,16 @@ def quickstart_world() -> WorldConfig:
 def quickstart_lessons() -> dict[str, tuple[WorldConfig, int]]:
     """Returns name -> (world, number of examples) of the quickstart's curriculum, the easiest first.
 
-    A model that has never pointed learns it on one object in clips of two frames; then which of several was
+    A model that has never pointed learns it on one object in clips of two frames; then which of two was
     asked for; then whole clips with tracks, counts and choices.
     """
     world = quickstart_world()
     short = dataclasses.replace(world, duration=(0.5, 0.5), image_share=0.35, image_set_share=0.0)
-    one = dataclasses.replace(short, objects=(1, 1), branches=(2, 4),
-                              annotations=(("points", 4.0), ("count", 0.5)))
-    several = dataclasses.replace(short, objects=(2, 3), branches=(3, 3), annotations=(("points", 1.0),),
-                                  phrases=("colour_kind",), point_modes=("bare",))
-    return {"one": (one, 1500), "several": (several, 5000), "clips": (world, 3500)}
+    one = dataclasses.replace(short, objects=(1, 1), branches=(1, 3),
+                              annotations=(("points", 4.0), ("tracks", 2.0), ("count", 0.3)))
+    two = dataclasses.replace(short, branches=(2, 4), annotations=(("points", 6.0), ("tracks", 1.0),
+                                                                   ("count", 0.3)))
+    return {"one": (one, 3000), "two": (two, 3500), "clips": (world, 3500)}
 
 
 def full_world() -> WorldConfig:

@@ -71,8 +71,7 @@ def _first_params(config: run.RunConfig):
 
 def _sizes(values: dict) -> dict:
     """Returns a model's values without those that no parameter depends on."""
-    free = ("init_std", "embedding_init_std", "position_init_std", "query_norm_init",
-            "max_positions", "visual_attention")
+    free = ("init_std", "embedding_init_std", "position_init_std", "max_positions", "visual_attention")
     return {name: _sizes(value) if isinstance(value, dict) else value
             for name, value in values.items() if name not in free}
 

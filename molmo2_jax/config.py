@@ -109,7 +109,6 @@ class TextConfig:
     max_positions: int = 36864         # longest sequence the exported config advertises
     init_std: float | None = 0.02      # None: scaled by fan-in
     embedding_init_std: float = 0.02
-    query_norm_init: float = 1.0       # first value of the q-norm's weights; sharpens attention
 
     def __post_init__(self):
         _require(self.num_heads % self.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads",
@@ -189,5 +188,4 @@ def nano() -> Molmo2Config:
                             mlp_width=256, position_init_std=0.5),
         connector=ConnectorConfig(taps=(2, 0), num_heads=4, head_dim=16, mlp_width=256, init_std=None),
         text=TextConfig(vocab_size=512, width=96, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=32,
-                        mlp_width=256, max_positions=4096, init_std=None, embedding_init_std=0.3,
-                        query_norm_init=2.0))
+                        mlp_width=256, max_positions=4096, init_std=None, embedding_init_std=0.3))

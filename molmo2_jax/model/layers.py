@@ -132,12 +132,11 @@ class RMSNorm(nn.Module):
     size: int
     axis: str | None = "norm"
     eps: float = 1e-6
-    init: float = 1.0
 
     @nn.compact
     def __call__(self, x):
-        first = nn.with_logical_partitioning(nn.initializers.constant(self.init), (self.axis,))
-        return rms_norm(x, self.param("scale", first, (self.size,)), self.eps)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        return rms_norm(x, self.param("scale", ones, (self.size,)), self.eps)
 
 
 class LayerNorm(nn.Module):

@@ -64,14 +64,14 @@ class Attention(nn.Module):
             return layers.Linear((c.width, num_heads, c.head_dim), ("embed", axis, "head_dim"),
                                  init_std=c.init_std, dtype=self.dtype, name=name)(x_BTD)
 
-        def norm(name, x_BTNH, init=1.0):
+        def norm(name, x_BTNH):
             if c.qk_norm == "qwen3":  # one weight for all heads
-                return layers.RMSNorm(c.head_dim, None, c.norm_eps, init, name=name)(x_BTNH)
+                return layers.RMSNorm(c.head_dim, None, c.norm_eps, name=name)(x_BTNH)
             flat = x_BTNH.reshape(*x_BTNH.shape[:2], -1)
-            normed = layers.RMSNorm(flat.shape[-1], None, c.norm_eps, init, name=name)(flat)
+            normed = layers.RMSNorm(flat.shape[-1], None, c.norm_eps, name=name)(flat)
             return normed.reshape(x_BTNH.shape)
 
-        q = layers.rotate(norm("q_norm", project("q", c.num_heads, "heads"), c.query_norm_init), cos, sin)
+        q = layers.rotate(norm("q_norm", project("q", c.num_heads, "heads")), cos, sin)
         k = layers.rotate(norm("k_norm", project("k", c.num_kv_heads, "kv_heads")), cos, sin)
         v = project("v", c.num_kv_heads, "kv_heads")
         if memory is None:
