@@ -9,10 +9,10 @@ import shutil
 
 import grain
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib

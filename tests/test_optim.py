@@ -65,7 +65,8 @@ def updates(optimiser, grads_of_steps, like=params):
 
 
 def flat(tree):
-    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {"/".join(key.key for key in path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def tower_of(path):

@@ -1,10 +1,10 @@
 """A mesh changes where numbers lie, not what they are."""
 
 import jax
-from jax.sharding import PartitionSpec
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
