@@ -24,7 +24,8 @@ NO_EOS = -1  # greedy answers then run to their limit
 def tiny(**text) -> config_lib.Molmo2Config:
     nano = config_lib.nano()
     return dataclasses.replace(
-        nano, vision=dataclasses.replace(nano.vision, image_size=36, num_layers=2, width=32, mlp_width=64),
+        nano, vision=dataclasses.replace(nano.vision, image_size=36, patch_size=6, num_layers=2, width=32,
+                                         mlp_width=64),
         connector=dataclasses.replace(nano.connector, taps=(1, 0), num_heads=2, mlp_width=64),
         text=dataclasses.replace(nano.text, vocab_size=64, width=32, num_layers=3, head_dim=8,
                                  mlp_width=64, **text))
