@@ -91,8 +91,9 @@ def test_decoded_pixels_at_points_have_the_colour_of_the_label(world):
             inner = mask_at(
                 record, annotation["tracks"][0]["id"] if "tracks" in annotation else point["id"], point
             )
-            if np.count_nonzero(inner) < 60 and frames:
-                continue  # thinner than the blocks in which video keeps colour
+            row, column = round(point["y"]), round(point["x"])
+            if frames and not inner[max(row - 3, 0):row + 4, max(column - 3, 0):column + 4].all():
+                continue  # too near an edge for the blocks in which video keeps colour
             assert np.abs(pixel - colour).max() <= COLOUR_ERROR
             checked += 1
     assert checked > 40
@@ -250,7 +251,8 @@ def test_the_grid_is_every_half_second_and_the_end(duration, expected):
         ({"kinds": ("blob",)}, "kinds must be some of"),
         ({"annotations": (("points", 0.0),)}, "annotations must give rates"),
         ({"unique": "colour", "colours": ("red",)}, "objects must not exceed the different colours"),
-        ({"duration": (0.1, 2.0)}, "duration must be >= 0.6"),
+        ({"duration": (0.1, 2.0)}, "duration must be >= 0.5"),
+        ({"lattice": 0.3}, "lattice must lie in"),
         ({"point_time": "last"}, "point_time must be"),
     ],
 )
@@ -272,3 +274,20 @@ def test_masks_survive_being_written_as_run_lengths():
     assert masks.encode(np.array([[0, 1], [1, 1]], bool)) == {"size": [2, 2], "counts": [1, 3]}
     with pytest.raises(ValueError, match="sum to height x width = 4"):
         masks.decode({"size": [2, 2], "counts": [1, 2]})
+
+
+def test_objects_on_a_lattice_rest_on_it_at_every_sampled_time(tmp_path):
+    world = dataclasses.replace(
+        synthetic.quickstart_world(), image_share=0.0, image_set_share=0.0, annotations=(("tracks", 1.0),)
+    )
+    path = synthetic.write(tmp_path, world, seed=3, num_examples=6, split="train", progress=False)
+    seen = []
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        for annotation in record["annotations"]:
+            for track in annotation["tracks"]:
+                for point in track["points"]:
+                    width, height = record["size"]
+                    seen.append((point["x"] / width * 10, point["y"] / height * 10))
+    assert len(seen) > 20 and len(set(map(tuple, np.round(seen)))) > 5
+    np.testing.assert_allclose(seen, np.round(seen), atol=0.01)
