@@ -101,13 +101,13 @@ def _require(ok, rule: str, value) -> None:
 
 
 def quickstart_world() -> WorldConfig:
-    """One or two large objects of different colours, kept apart, that rest or hop over a lattice.
+    """One or two large objects of four colours, kept apart, that rest or hop over a lattice.
 
     Simple enough to be learnt from nothing in minutes on two cores; all of the path is the real one.
     """
     return WorldConfig(
-        objects=(1, 2), colours=("red", "green", "blue", "yellow", "purple", "cyan"), unique="colour",
-        radius=(0.17, 0.22), lattice=0.1, is_apart=True, leave_share=0.0, frame_side=(96, 112),
+        objects=(1, 2), colours=("red", "green", "blue", "yellow"), unique="colour", radius=(0.17, 0.22),
+        lattice=0.1, is_apart=True, leave_share=0.0, frame_side=(96, 112),
         fps=(8, 10, 12), duration=(1.0, 2.0), vfr_share=0.05, texture=0.15, tone=(85.0, 115.0), tint=5.0,
         image_share=0.3, image_set_share=0.05, images_per_set=(2, 2), branches=(4, 8),
         annotations=(("points", 5.0), ("tracks", 2.0), ("count", 0.7), ("choice", 0.7)),
@@ -124,8 +124,8 @@ def quickstart_lessons() -> dict[str, tuple[WorldConfig, int]]:
     short = dataclasses.replace(world, duration=(0.5, 0.5), image_share=0.35, image_set_share=0.0)
     one = dataclasses.replace(short, objects=(1, 1), branches=(1, 3),
                               annotations=(("points", 4.0), ("tracks", 2.0), ("count", 0.3)))
-    two = dataclasses.replace(short, branches=(2, 4), annotations=(("points", 6.0), ("tracks", 1.0),
-                                                                   ("count", 0.3)))
+    two = dataclasses.replace(short, objects=(2, 2), branches=(2, 4),
+                              annotations=(("points", 6.0), ("tracks", 1.0), ("count", 0.3)))
     return {"one": (one, 3000), "two": (two, 3500), "clips": (world, 3500)}
 
 
