@@ -1,6 +1,7 @@
 """Trains a small Molmo2 on drawn videos and shows what it learnt: the whole path in one command.
 
   bash launch/quickstart.sh [--workdir=runs/quickstart] [--gin='train.TrainConfig.steps = 300']
+  python -m launch.quickstart ...    # the same, inside the environment that the script made
 
 Draws clips and stills whose answers are known, makes a tokenizer, trains, answers questions about clips that
 training never saw, exports to the Hugging Face format, and writes summary.json and report.html. Ctrl-C may

@@ -19,7 +19,8 @@ from molmo2_jax.inputs import image
 FOLDER = pathlib.Path(__file__).parents[1] / "goldens/multicrop"
 CASES = json.loads((FOLDER / "cases.json").read_text())["cases"]
 MORE = json.loads((FOLDER / "multi_and_video.json").read_text())
-FULL, NANO = configs.molmo2_8b(), configs.nano()
+FULL = configs.molmo2_8b()
+NANO = dataclasses.replace(configs.nano(), vision=configs.VisionConfig(image_size=72, patch_size=6))
 INPUTS = configs.InputConfig()
 NANO_INPUTS = configs.InputConfig(max_crops=4, overlap_margins=(1, 1))
 
