@@ -30,7 +30,7 @@ class Tower:
 class Muon:
     """Orthogonalised momentum for the kernels inside the towers; AdamW keeps norms, biases, tables, head.
 
-    Not in the recipe. From scratch at nano size it leaves the plateau several times sooner than AdamW.
+    Not in the recipe. From scratch at nano size it left the plateau before AdamW did (benchmarks/README.md).
     `lr` is the peak of the kernels' rate; it follows the schedule of the tower.
     """
     lr: float = 0.02

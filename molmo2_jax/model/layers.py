@@ -105,7 +105,7 @@ contract.defvjp(_contract_forward, _contract_backward)
 
 
 class Linear(nn.Module):
-    """Contracts the last `len(shape) - len(out)` axes of the input with a kernel of `shape`.
+    """Contracts the last `num_in` axes of the input with the first ones of a kernel of `shape`.
 
     `init_std` None draws from N(0, 1/fan_in); a number is the recipe's fixed deviation.
     """
