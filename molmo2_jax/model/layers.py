@@ -37,18 +37,25 @@ def layer_norm(x, scale, bias, eps: float):
 
 
 def inverse_frequencies(theta: float, head_dim: int, yarn: config_lib.YarnConfig | None) -> np.ndarray:
-    """Returns float32[H/2] radians per position; `yarn` stretches the slow ones (olmo/nn/rope.py)."""
-    inverse = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    """Returns float32[H/2] radians per position; `yarn` stretches the slow ones (olmo/nn/rope.py).
+
+    Rounded to float32 after each step, as the reference does: rounding once, at the end, changes last bits,
+    which are 0.002 radians at position 36863.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    periods = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    inverse = 1 / periods
     if yarn is not None:
         def rotations_at(count):
             turns = yarn.original_length / (count * 2 * math.pi)
             return head_dim * math.log(turns) / (2 * math.log(theta))
         low = max(math.floor(rotations_at(yarn.beta_fast)), 0)
         high = min(math.ceil(rotations_at(yarn.beta_slow)), head_dim - 1)
-        span = high - low if high != low else 1e-3
-        ramp = np.clip((np.arange(head_dim // 2) - low) / span, 0, 1)
-        inverse = inverse * (1 - ramp) + inverse / yarn.factor * ramp
-    return inverse.astype(np.float32)
+        span = np.float32(high - low if high != low else 1e-3)
+        ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / span, 0, 1)
+        inverse = 1 / (np.float32(yarn.factor) * periods) * ramp + inverse * (1 - ramp)
+    assert inverse.dtype == np.float32
+    return inverse
 
 
 def rope_tables(positions_BT, inverse: np.ndarray, factor: float = 1.0):
