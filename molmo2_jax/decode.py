@@ -8,7 +8,12 @@ question sees, and its own answer:
     prompt   root aaa bbb .        answers   a a a . .       two questions a, b; . is not seen
                                              b b b . .
 
-B rows, T prompt tokens, Q questions per row, N slots for the tokens of an answer, V base vocabulary.
+Two programs per shape: `begin` reads the prompts and chooses the first tokens, `advance` is one while_loop
+that goes on to a given number of tokens. Called once it writes whole answers; called again and again it lets
+them be read while they are written.
+
+B rows, T prompt tokens, Q questions per row, N slots for the tokens of an answer, V base vocabulary, S states
+of reading stop strings.
 
 Source: reference, olmo/models/molmo2/molmo2.py (generate), which handles one question at a time with a
 growing cache.
@@ -16,6 +21,7 @@ growing cache.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -60,10 +66,23 @@ class Questions(NamedTuple):
 
 class Answers(NamedTuple):
     """`tokens` are padded with EOS behind `length`."""
-    tokens: jax.Array    # int32[B, Q, N], EOS included where the answer ended by itself
+    tokens: jax.Array    # int32[B, Q, N], with the EOS or the end of the stop string that ended it
     length: jax.Array    # int32[B, Q]
-    ended: jax.Array     # bool[B, Q], whether EOS was reached within the limit
+    ended: jax.Array     # bool[B, Q], whether EOS or a stop string was reached within the limit
     logprob: jax.Array   # float32[B, Q], sum of the log-probabilities of the tokens
+
+
+class State(NamedTuple):
+    """Answers on their way, with all that is needed to go on."""
+    answers: Answers
+    count: jax.Array     # int32[], new tokens per question so far
+    is_over: jax.Array   # bool[B, Q]
+    stop: jax.Array      # int32[B, Q], how far into a stop string the answer is; see `advance`
+    memory: Any          # text.Memory, or a list with one per layer
+    seen: jax.Array      # bool[B, Q, T], prompt tokens that the answer sees
+    position: jax.Array  # int32[B, Q], of the last prompt token
+    limit: jax.Array     # int32[B, Q]
+    key: jax.Array       # [B, Q], of what is drawn for the question
 
 
 def choose(logits_nV, sampling: Sampling, keys_n):
@@ -97,8 +116,28 @@ def at_last(x_BT, last_BQ):
     return jax.vmap(lambda x, index: x[index])(x_BT, jnp.maximum(last_BQ, 0))
 
 
+def ready(params, dtype: str, unroll: bool | None = None):
+    """Returns the parameters on the devices, as reading and writing answers wants them.
+
+    Matrices and tables have the dtype of the computation, in which they would be rounded anyway. With
+    `unroll` the decoder's layers are a list: XLA's CPU backend copies a layer's part of the stack for every
+    token that it writes. None unrolls on CPU; elsewhere a loop compiles faster and costs nothing.
+    """
+    def cast(path, leaf):
+        is_rounded = path[-1].key in ("kernel", "base_embedding", "new_embedding", "head")
+        return leaf.astype(dtype) if is_rounded else leaf
+
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    if unroll or (unroll is None and jax.default_backend() == "cpu"):
+        stack = params["text"]["layers"]
+        count = len(jax.tree.leaves(stack)[0])
+        unstacked = [jax.tree.map(lambda leaf: leaf[number], stack) for number in range(count)]
+        params = params | {"text": params["text"] | {"layers": unstacked}}
+    return jax.device_put(params)
+
+
 def prefill(model: molmo2.Molmo2, params, batch: types.Batch, last_BQ):
-    """Returns (float32[B, Q, V] logits behind each question, text.Cache of the prompt)."""
+    """Returns (float32[B, Q, V] logits behind each question, text.Cache of the prompt, per layer or one)."""
     mask = tree_mask.from_batch(batch, model.config.visual_attention)
     x_BTD = model.apply({"params": params}, batch.tokens, batch.patches, batch.pooled, method="embed")
     hidden_BTD, cache = model.apply({"params": params}, x_BTD, batch.positions, mask, method="decode")
@@ -106,18 +145,27 @@ def prefill(model: molmo2.Molmo2, params, batch: types.Batch, last_BQ):
     return logits_BQV, cache
 
 
-def step(model: molmo2.Molmo2, params, tokens_BQ, positions_BQ, where: text.Step, memory: text.Memory):
+def step(model: molmo2.Molmo2, params, tokens_BQ, positions_BQ, where: text.Step, memory):
     """Returns (float32[B, Q, V] logits behind one new token per question, the memory with it)."""
-    x_BQD = model.apply({"params": params}, tokens_BQ, method="embed_tokens")
+    x_BQD = model.apply({"params": params}, tokens_BQ, method="embed_answers")
     hidden_BQD, memory = model.apply({"params": params}, x_BQD, positions_BQ, where, memory, method="decode")
     return model.apply({"params": params}, hidden_BQD, method="logits"), memory
 
 
-def remember(prompt: text.Cache, num_questions: int, num_new: int, dtype: str | None = None) -> text.Memory:
-    """Returns the memory of prompts that were read, with room for answers of `num_new` tokens."""
-    prompt = jax.tree.map(lambda x: x.astype(dtype or x.dtype), prompt)
-    L, B, _, K, H = prompt.k.shape
-    room = jnp.zeros((L, B, num_questions, num_new, K, H), prompt.k.dtype)
+def remember(prompt, num_questions: int, num_new: int, dtype: str | None = None):
+    """Returns the memory of prompts that were read, with room for answers of `num_new` tokens.
+
+    Args:
+      prompt: text.Cache, or a list with one per layer; the result is a text.Memory or a list likewise.
+      dtype: of what is kept; None keeps that of the computation.
+    """
+    if isinstance(prompt, list):
+        kept = [remember(jax.tree.map(lambda x: x[None], one), num_questions, num_new, dtype)
+                for one in prompt]
+        return [one._replace(prompt=jax.tree.map(lambda x: x[0], one.prompt)) for one in kept]
+    prompt = jax.tree.map(lambda x: x.swapaxes(-3, -2).astype(dtype or x.dtype), prompt)
+    L, B, K, _, H = prompt.k.shape
+    room = jnp.zeros((L, B, num_questions, K, num_new, H), prompt.k.dtype)
     return text.Memory(prompt, text.Cache(room, room))
 
 
@@ -128,70 +176,105 @@ def seen_of_prompt(end_BT, last_BQ):
     return (position <= last) & (last < end_BT[:, None])
 
 
-class _State(NamedTuple):
-    count: jax.Array     # int32[], new tokens per question so far
-    answers: Answers
-    is_over: jax.Array   # bool[B, Q]
-    memory: text.Memory
-
-
-def _append(answers: Answers, is_over_BQ, count, logits_BQV, chosen_BQ, questions: Questions, eos):
-    """Returns (the answers with the tokens chosen, bool[B, Q] which of them are now complete)."""
+def _write(state: State, logits_BQV, sampling: Sampling, eos, stops_SV) -> State:
+    """Returns the state with one more token per question, chosen from the logits."""
+    flat = logits_BQV.reshape(-1, logits_BQV.shape[-1])
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, state.count))(state.key.reshape(-1))
+    chosen = choose(flat, sampling, keys).reshape(state.is_over.shape)
     logprob = jax.nn.log_softmax(logits_BQV, axis=-1)
-    logprob = jnp.take_along_axis(logprob, chosen_BQ[..., None], axis=-1)[..., 0]
-    tokens = jnp.where(is_over_BQ, eos, chosen_BQ)
-    ended = answers.ended | (~is_over_BQ & (tokens == eos))
-    answers = Answers(tokens=jax.lax.dynamic_update_index_in_dim(answers.tokens, tokens, count, 2),
-                      length=answers.length + ~is_over_BQ, ended=ended,
-                      logprob=answers.logprob + jnp.where(is_over_BQ, 0.0, logprob))
-    return answers, is_over_BQ | ended | (count + 1 >= questions.limit)
+    logprob = jnp.take_along_axis(logprob, chosen[..., None], axis=-1)[..., 0]
+    answers, is_over, stop = state.answers, state.is_over, state.stop
+    tokens = jnp.where(is_over, eos, chosen)
+    ends = tokens == eos
+    if stops_SV is not None:
+        stop = jnp.where(is_over, stop, stops_SV[stop, chosen])
+        ends |= stop < 0
+    ended = answers.ended | (~is_over & ends)
+    answers = Answers(
+        tokens=jax.lax.dynamic_update_index_in_dim(answers.tokens, tokens, state.count, 2),
+        length=answers.length + ~is_over, ended=ended,
+        logprob=answers.logprob + jnp.where(is_over, 0.0, logprob))
+    count = state.count + 1
+    return state._replace(answers=answers, count=count, stop=stop,
+                          is_over=is_over | ended | (count >= state.limit))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_new", "sampling", "cache_dtype"))
+def begin(model, params, batch, questions: Questions, seed, eos, stops_SV, *, num_new, sampling,
+          cache_dtype) -> State:
+    """Returns the state after prefill: the first token of each answer is written. Arguments as `advance`."""
+    num_rows, num_questions = questions.last.shape
+    key = jax.random.key(seed)
+    with jax.named_scope("prefill"):
+        logits, prompt = prefill(model, params, batch, questions.last)
+    zeros = jnp.zeros((num_rows, num_questions), jnp.int32)
+    tokens = jnp.full((num_rows, num_questions, num_new), eos, jnp.int32)
+    empty = State(
+        answers=Answers(tokens, zeros, zeros > 0, zeros.astype(jnp.float32)), count=jnp.int32(0),
+        is_over=(questions.last < 0) | (questions.limit < 1), stop=zeros,
+        memory=remember(prompt, num_questions, num_new, cache_dtype),
+        seen=seen_of_prompt(batch.end, questions.last), position=at_last(batch.positions, questions.last),
+        limit=jnp.asarray(questions.limit, jnp.int32),
+        key=jax.vmap(jax.vmap(lambda draw: jax.random.fold_in(key, draw)))(questions.draw))
+    return _write(empty, logits, sampling, eos, stops_SV)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling"), donate_argnames="state")
+def advance(model, params, state: State, until, eos, stops_SV, *, sampling) -> State:
+    """Returns the state with `until` tokens per question, or with all answers over: one while_loop.
+
+    Args:
+      state: as `begin` or `advance` returned it; given up.
+      stops_SV: int32, the state after reading token v in state s; starts at 0, and -1 ends the answer
+        (inputs/stops.py). None: only EOS does.
+    """
+    def extend(state: State) -> State:
+        last = state.count - 1
+        tokens = jax.lax.dynamic_index_in_dim(state.answers.tokens, last, 2, keepdims=False)
+        logits, memory = step(model, params, tokens, state.position + state.count,
+                              text.Step(state.seen, last), state.memory)
+        return _write(state._replace(memory=memory), logits, sampling, eos, stops_SV)
+
+    until = jnp.minimum(until, state.answers.tokens.shape[2])
+    with jax.named_scope("decode"):
+        return jax.lax.while_loop(lambda s: (s.count < until) & ~s.is_over.all(), extend, state)
+
+
+def stream(model: molmo2.Molmo2, params, batch: types.Batch, questions: Questions, *, eos: int, num_new: int,
+           every: int, sampling: Sampling = GREEDY, stops=None, cache_dtype: str | None = None
+           ) -> Iterator[Answers]:
+    """Yields the answers so far: after the first token, then after each `every` more, at last complete.
+
+    Args and programs as those of `generate`. Whoever stops asking stops the computation.
+    """
+    seedless = dataclasses.replace(sampling, seed=0)
+    state = begin(model, params, batch, questions, sampling.seed, eos, stops, num_new=num_new,
+                  sampling=seedless, cache_dtype=cache_dtype)
+    written = 1
+    while written < num_new:
+        answers, is_over = jax.device_get((state.answers, state.is_over))
+        if is_over.all():
+            break
+        yield answers
+        written = min(written + every, num_new)
+        state = advance(model, params, state, written, eos, stops, sampling=seedless)
+    yield jax.device_get(state.answers)
 
 
 def generate(model: molmo2.Molmo2, params, batch: types.Batch, questions: Questions, *, eos: int,
-             num_new: int, sampling: Sampling = GREEDY, cache_dtype: str | None = None) -> Answers:
+             num_new: int, sampling: Sampling = GREEDY, stops=None, cache_dtype: str | None = None
+             ) -> Answers:
     """Returns the answers to all questions of a batch of prompt trees.
 
     Compiled once per model, shapes, `num_new` (N, the room for new tokens) and way of sampling, whatever
     the seed. The loop ends when every answer has ended or reached its limit; limits beyond N count as N.
 
     Args:
+      params: a parameter tree, best as `ready` returns it.
+      stops: of stop strings, as for `advance`.
       cache_dtype: of the kept keys and values; None keeps that of the computation.
     """
     seedless = dataclasses.replace(sampling, seed=0)
-    return compiled(model, params, batch, questions, sampling.seed, eos, num_new=num_new,
-                    sampling=seedless, cache_dtype=cache_dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "num_new", "sampling", "cache_dtype"))
-def compiled(model, params, batch, questions, seed, eos, *, num_new, sampling, cache_dtype) -> Answers:
-    """The whole of `generate` as one program: prefill, then one while_loop."""
-    num_rows, num_questions = questions.last.shape
-    key = jax.random.key(seed)
-    keys_BQ = jax.vmap(jax.vmap(lambda draw: jax.random.fold_in(key, draw)))(questions.draw)
-    position_BQ = at_last(batch.positions, questions.last)
-    seen_BQT = seen_of_prompt(batch.end, questions.last)
-
-    def pick(logits_BQV, count):
-        keys = jax.vmap(lambda k: jax.random.fold_in(k, count))(keys_BQ.reshape(-1))
-        flat = logits_BQV.reshape(-1, logits_BQV.shape[-1])
-        return choose(flat, sampling, keys).reshape(num_rows, num_questions)
-
-    def extend(state: _State) -> _State:
-        tokens = jax.lax.dynamic_index_in_dim(state.answers.tokens, state.count - 1, 2, keepdims=False)
-        where = text.Step(seen_BQT, state.count - 1)
-        logits, memory = step(model, params, tokens, position_BQ + state.count, where, state.memory)
-        answers, is_over = _append(state.answers, state.is_over, state.count, logits,
-                                   pick(logits, state.count), questions, eos)
-        return _State(state.count + 1, answers, is_over, memory)
-
-    with jax.named_scope("prefill"):
-        logits, prompt = prefill(model, params, batch, questions.last)
-    zeros = jnp.zeros((num_rows, num_questions), jnp.int32)
-    answers = Answers(jnp.full((num_rows, num_questions, num_new), eos, jnp.int32), zeros, zeros > 0,
-                      zeros.astype(jnp.float32))
-    is_over = (questions.last < 0) | (questions.limit < 1)
-    answers, is_over = _append(answers, is_over, 0, logits, pick(logits, 0), questions, eos)
-    start = _State(jnp.int32(1), answers, is_over, remember(prompt, num_questions, num_new, cache_dtype))
-    with jax.named_scope("decode"):
-        return jax.lax.while_loop(
-            lambda s: (s.count < num_new) & ~s.is_over.all(), extend, start).answers
+    state = begin(model, params, batch, questions, sampling.seed, eos, stops, num_new=num_new,
+                  sampling=seedless, cache_dtype=cache_dtype)
+    return advance(model, params, state, num_new, eos, stops, sampling=seedless).answers

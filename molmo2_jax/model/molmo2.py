@@ -54,6 +54,10 @@ class Molmo2(nn.Module):
         table = jnp.concatenate([self.base_embedding, self.new_embedding]).astype(self.dtype)
         return table[tokens_BT]
 
+    def embed_answers(self, tokens_BQ):
+        """Returns [B, Q, D] of tokens that the model wrote, which are of the base vocabulary."""
+        return self.base_embedding[tokens_BQ].astype(self.dtype)
+
     def embed(self, tokens_BT, patches_BMPC, pooled_BRW):
         """Returns [B, T, D] embeddings with the visual tokens added."""
         x_BTD = self.embed_tokens(tokens_BT)

@@ -3,6 +3,9 @@
 B batch, T positions, Q answers that a row continues at once, S slots for their tokens, L layers, N query
 heads, K key heads, H head width, D width.
 
+The parameters of the layers are stacked and scanned over. For decoding they may also come as a list with
+one tree per layer (see decode.ready); then a Cache or Memory is a list with one per layer, too.
+
 Source: reference, olmo/nn/llm.py.
 """
 
@@ -13,21 +16,25 @@ import jax
 import jax.numpy as jnp
 
 from molmo2_jax import config as config_lib
+from molmo2_jax.attention import answers
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import tree_mask
 from molmo2_jax.model import layers
 
 
 class Cache(NamedTuple):
-    """Keys (after norm and rope) and values of past tokens."""
-    k: jax.Array  # [L, B, S, K, H]
-    v: jax.Array  # [L, B, S, K, H]
+    """Keys (after norm and rope) and values of past tokens; [L, B, T, K, H] as they come from the layers."""
+    k: jax.Array
+    v: jax.Array
 
 
 class Memory(NamedTuple):
-    """What decoding has read and written: the prompts of all rows, shared by their answers, and these."""
-    prompt: Cache   # [L, B, T, K, H]
-    answers: Cache  # [L, B, Q, S, K, H]
+    """What decoding has read and written: the prompts of all rows, shared by their answers, and these.
+
+    Heads stand before tokens, so that no step has to transpose what it reads.
+    """
+    prompt: Cache   # [L, B, K, T, H]
+    answers: Cache  # [L, B, Q, K, S, H]; in a list of layers, each with L = 1
 
 
 class Step(NamedTuple):
@@ -77,11 +84,11 @@ class Attention(nn.Module):
         if memory is None:
             out = attend.attend(q, k, v, mask, self.implementation)
         else:
-            prompt, answers, layer = memory
-            at = (layer, 0, 0, mask.slot, 0, 0)  # in place: all layers are carried, not sliced and stacked
-            k, v = (jax.lax.dynamic_update_slice(old, new[None, :, :, None].astype(old.dtype), at)
-                    for old, new in zip(answers, (k, v)))
-            out = attend.attend_answers(q, *prompt, mask.seen_BQT, k[layer], v[layer], mask.slot)
+            prompt, written, layer = memory
+            at = (layer, 0, 0, 0, mask.slot, 0)  # in place: all layers are carried, not sliced and stacked
+            k, v = (jax.lax.dynamic_update_slice(old, new[None, :, :, :, None].astype(old.dtype), at)
+                    for old, new in zip(written, (k, v)))
+            out = answers.attend(q, Cache(*prompt), mask.seen_BQT, Cache(k[layer], v[layer]), mask.slot)
         out = layers.Linear((c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), 2,
                             init_std=c.init_std, dtype=self.dtype, name="o")(out)
         return out, (k, v)
@@ -133,8 +140,10 @@ class Decoder(nn.Module):
         dot = jnp.zeros((1, 1, c.width))
         angle = jnp.zeros((1, 1, c.head_dim // 2))
         alone = tree_mask.TreeMask(jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), -1))
-        stack = layers.stacked_params(self, "layers", Block(c, self.dtype, "dense", parent=None),
-                                      c.num_layers, dot, angle, angle, alone)
+        given = self.get_variable("params", "layers")
+        stack = given if isinstance(given, list) else layers.stacked_params(
+            self, "layers", Block(c, self.dtype, "dense", parent=None), c.num_layers, dot, angle, angle,
+            alone)
 
         def run(x, params, variant, *rest):
             return block.apply({"params": params}, x, cos_VBTh[variant], sin_VBTh[variant], mask, *rest)
@@ -144,12 +153,17 @@ class Decoder(nn.Module):
             return run(x, params, variant, None, drop_rate_BT, key)
 
         def extend(carry, per_layer):
-            x, answers = carry
+            x, written = carry
             params, variant, prompt, layer = per_layer
-            x, answers = run(x, params, variant, (prompt, answers, layer))
-            return (x, Cache(*answers)), None
+            x, written = run(x, params, variant, (prompt, written, layer))
+            return (x, Cache(*written)), None
 
-        if memory is None:
+        if isinstance(stack, list):
+            kept = []
+            for one, variant, held in zip(stack, of_layer, memory or [None] * c.num_layers):
+                x_BTD, kv = run(x_BTD, one, variant, held and (*held, 0))
+                kept.append(Cache(*kv) if held is None else held._replace(answers=Cache(*kv)))
+        elif memory is None:
             keys = None if rng is None else jax.random.split(rng, c.num_layers)
             x_BTD, kv = layers.run_stack(read, x_BTD, (stack, jnp.asarray(of_layer), keys), self.remat)
             kept = Cache(*kv)
