@@ -94,6 +94,26 @@ class Ledger:
         self._broken = collections.defaultdict(dict, json.loads(state["broken"]))
 
 
+EMPTY = {"counts": json.dumps({"totals": {}, "examples": {}, "skipped": {}}), "broken": "{}"}
+
+
+def merge(states: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """Returns the state of one ledger that counts and lists what several do."""
+    totals, examples = collections.Counter(), collections.Counter()
+    skipped = collections.defaultdict(collections.Counter)
+    broken: dict[str, dict[str, str]] = {}
+    for state in states:
+        counts = json.loads(state["counts"])
+        totals.update(counts["totals"])
+        examples.update(counts["examples"])
+        for task, reasons in counts["skipped"].items():
+            skipped[task].update(reasons)
+        for task, records in json.loads(state["broken"]).items():
+            broken.setdefault(task, {}).update(records)
+    counts = {"totals": totals, "examples": examples, "skipped": skipped}
+    return {"counts": json.dumps(counts, sort_keys=True), "broken": json.dumps(broken, sort_keys=True)}
+
+
 class Reporter:
     """Logs each broken record once in the life of a process, however often it comes round."""
 
@@ -116,7 +136,8 @@ def counters(state: Mapping[str, str], row_tokens: int, row_crops: int) -> dict[
     """Returns what a ledger's state says, for people and for metrics.
 
     rows, examples, branches, dropped_annotations, cut (examples), tokens, crops, visual_tokens: totals;
-    token_fill, crop_fill: share of the rows' budgets in use; examples_by_task; skipped: {task: {reason:
+    token_fill, crop_fill: share of the rows' budgets in use; packing_efficiency: the larger of the two;
+    examples_by_task; skipped: {task: {reason:
     count}}, every time it came round; broken: {task: {record: why}}.
     """
     counts = json.loads(state["counts"])
@@ -126,5 +147,6 @@ def counters(state: Mapping[str, str], row_tokens: int, row_crops: int) -> dict[
     return totals | {
         "token_fill": totals["tokens"] / (rows * row_tokens),
         "crop_fill": totals["crops"] / (rows * row_crops) if row_crops else 0.0,
+        "packing_efficiency": max(totals["tokens"] / row_tokens, totals["crops"] / max(row_crops, 1)) / rows,
         "examples_by_task": counts["examples"], "skipped": counts["skipped"],
         "broken": json.loads(state["broken"])}

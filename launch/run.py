@@ -35,6 +35,7 @@ from molmo2_jax import config
 from molmo2_jax import optim
 from molmo2_jax import sharding
 from molmo2_jax import train
+from molmo2_jax.inputs import packers
 """
 
 

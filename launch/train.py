@@ -13,6 +13,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 from absl import flags
 
 from data_pipelines import pipeline
@@ -45,7 +46,8 @@ def fit(config: run.RunConfig, workdir: pathlib.Path, params=None) -> train.Resu
     """
     with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
         tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer, config.model.text.vocab_size)
-        batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer)
+        batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer,
+                                         shard_index=jax.process_index(), shard_count=jax.process_count())
         tokenizer.save(workdir)
         for line in record.save(workdir, record.gin_text(config)):
             print(f"setting changed since the last start: {line}")
@@ -77,7 +79,8 @@ def _sizes(values: dict) -> dict:
 
 
 def _report(workdir: pathlib.Path, result: train.Result, counters: dict) -> None:
-    (workdir / "data_counters.json").write_text(json.dumps(counters, indent=1), encoding="utf-8")
+    host = f"_{jax.process_index()}" if jax.process_count() > 1 else ""
+    (workdir / f"data_counters{host}.json").write_text(json.dumps(counters, indent=1), encoding="utf-8")
     if not result.finished:
         print(f"stopped and saved after step {int(result.state.step)}")
 

@@ -4,6 +4,8 @@ A work directory holds `checkpoints/<step>/{state,data}`: `state` through Tensor
 of the loader, one file per process. A step counts only when both items are complete.
 """
 
+import dataclasses
+import json
 import os
 import shutil
 
@@ -19,13 +21,41 @@ from molmo2_jax import state as state_lib
 from molmo2_jax.model import molmo2
 
 
+class _DataHandler(grain.checkpoint.CheckpointHandler):
+    """Saves an iterator per process, and restores those that another number of processes saved.
+
+    For the latter, iterators have `set_states`, which takes the states of all processes.
+    """
+
+    def restore(self, directory, item=None, args=None):
+        item = item or args.item
+        own = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        if (directory / own).exists() or not hasattr(item, "set_states"):
+            return super().restore(directory, item, args)
+        paths = sorted(directory.glob("process_*-of-*.json"))
+        item.set_states([json.loads(path.read_text()) for path in paths])
+        return item
+
+
+@ocp.args.register_with_handler(_DataHandler, for_save=True)
+@dataclasses.dataclass
+class _DataSave(grain.checkpoint.CheckpointSave):
+    pass
+
+
+@ocp.args.register_with_handler(_DataHandler, for_restore=True)
+@dataclasses.dataclass
+class _DataRestore(grain.checkpoint.CheckpointRestore):
+    pass
+
+
 class Manager:
     """Saves and restores TrainState and a grain iterator under `<workdir>/checkpoints`."""
 
     def __init__(self, workdir: str, keep: int = 1):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._folder = os.path.join(os.path.abspath(workdir), "checkpoints")
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": grain.checkpoint.CheckpointHandler()}
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": _DataHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def steps(self, items: tuple[str, ...] = ("state", "data")) -> list[int]:
@@ -47,7 +77,7 @@ class Manager:
           ValueError: the step exists already.
         """
         self._write(step, {"state": ocp.args.PyTreeSave(_storable(train_state)),
-                           "data": grain.checkpoint.CheckpointSave(batches)})
+                           "data": _DataSave(batches)})
 
     def save_params(self, params) -> None:
         """Saves parameters alone, as step 0: to answer with or to start a run from, not to continue one."""
@@ -70,7 +100,7 @@ class Manager:
             tree = self._read(step, target)
             if tree is not None:
                 self._manager.restore(step, args=ocp.args.Composite(
-                    data=grain.checkpoint.CheckpointRestore(batches)))
+                    data=_DataRestore(batches)))
                 logging.info("restored step %d from %s", step, self._folder)
                 self._set_aside_after(step)
                 return _from_storable(tree)

@@ -90,6 +90,23 @@ def test_a_state_may_be_restored_on_another_mesh(manager):
     assert len(restored.params["head"].sharding.device_set) == 8
 
 
+class SharedBatches(tiny.Batches):
+    """Batches that go where the farthest of several processes stood."""
+
+    def set_states(self, states):
+        self.set_state({"next": max(state["next"] for state in states)})
+
+
+def test_the_data_position_of_another_number_of_processes_is_handed_over_whole(manager, tmp_path):
+    save(manager(), 1)
+    folder = tmp_path / "checkpoints/1/data"
+    (folder / "process_0-of-1.json").rename(folder / "process_0-of-2.json")
+    (folder / "process_1-of-2.json").write_text('{"next": 30}')
+    batches = SharedBatches()
+    manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), batches)
+    assert batches.get_state() == {"next": 30}
+
+
 def test_only_the_newest_are_kept(manager):
     one = manager(keep=2)
     save(one, 1, 2, 3)

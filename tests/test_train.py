@@ -20,6 +20,7 @@ from molmo2_jax import metrics
 from molmo2_jax import optim
 from molmo2_jax import state as state_lib
 from molmo2_jax import train
+from molmo2_jax.inputs import packers
 from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.model import layers
 from molmo2_jax.model import molmo2
@@ -211,7 +212,8 @@ def video_batches(tmp_path_factory):
     path = synthetic.write(tmp_path_factory.mktemp("world"), world, 0, 20, "train", progress=False)
     tokenizer = tokenizers.train_small(path.read_text().splitlines(), 400)
     data = pipeline.DataConfig(train=(str(path.parent),), seed=5, row_tokens=512, row_crops=16, batch_rows=1,
-                               row_visual_tokens=128, packing_buffer=4, num_workers=0)
+                               row_visual_tokens=128, packer=packers.OldestFirst(buffer=4),
+                               num_workers=0)
     inputs = config_lib.InputConfig(max_crops=1, high_res_crops=1, overlap_margins=(1, 1), max_frames=8)
     return lambda: pipeline.make_iterator(data, VIDEO_MODEL, inputs, tokenizer)
 
@@ -222,7 +224,7 @@ def stop_behind(batches, step, monkeypatch):
 
     def next_batch(iterator):
         batch = take(iterator)
-        if iterator is batches and json.loads(iterator.get_state()["counts"])["totals"]["rows"] == step:
+        if iterator is batches and iterator.counters()["rows"] == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return batch
 

@@ -1,125 +1,15 @@
-"""Which sequences share a row, and the row they make.
-
-Two budgets bind a row: T tokens and M crops; R pooled rows are a third, rarely felt limit. Packing is
-on-line: sequences wait in a small buffer, and each new one lets a knapsack choose a good row among those
-waiting.
+"""The row that several sequences make, and the invariants of rows. packers.py chooses who shares a row.
 
 B rows, T tokens, M crops of P patches of C values, R pooled rows of W patches.
 Source: reference: olmo/data/dynamic_packer.py; the two vectors behind the attention mask are explained in
 attention/tree_mask.py.
 """
 
-import math
 from collections.abc import Sequence as Listing
-from typing import Any
 
 import numpy as np
 
 from molmo2_jax import types
-
-Pack = list[tuple[types.Sequence, Any]]
-
-
-def knapsack(tokens: Listing[int], crops: Listing[int], values: Listing[float], max_tokens: int,
-             max_crops: int) -> list[int]:
-    """Returns the item numbers, descending, with the largest total value within both capacities.
-
-    Exact 0/1 dynamic programme in float32; of equally good choices, one without the later items.
-    """
-    best = np.zeros((max_tokens + 1, max_crops + 1), np.float32)
-    is_taken = np.zeros((len(values), max_tokens + 1, max_crops + 1), bool)
-    for item, (t, c, value) in enumerate(zip(tokens, crops, values, strict=True)):
-        if t > max_tokens or c > max_crops:
-            continue
-        with_item = best[:max_tokens + 1 - t, :max_crops + 1 - c] + np.float32(value)
-        without = best[t:, c:]
-        np.greater(with_item, without, out=is_taken[item, t:, c:])
-        np.maximum(with_item, without, out=without)
-    chosen, t, c = [], max_tokens, max_crops
-    for item in range(len(values) - 1, -1, -1):
-        if is_taken[item, t, c]:
-            chosen.append(item)
-            t, c = t - tokens[item], c - crops[item]
-    return chosen
-
-
-class Packer:
-    """Collects sequences and emits packs; exactly the reference's on-line algorithm.
-
-    A pack is a list of (sequence, tag) in the order in which `join` concatenates them. Tags are the caller's
-    and come back untouched. The whole state is the buffer: a new Packer that is pushed the sequences of
-    `pending`, in that order, continues where this one stands.
-
-    max_tokens, max_crops, max_pooled: budgets of a row; max_pooled None: as many as there are tokens.
-    buffer: sequences that wait before the first row is chosen.
-    text_weight, image_weight: value of a token and of a crop. Lets 128-frame videos find partners.
-    emit_full_crops_alone: a sequence that fills the crop budget does not wait (off in all recipes).
-    """
-
-    def __init__(self, max_tokens: int, max_crops: int, max_pooled: int | None = None, *, buffer: int = 48,
-                 text_weight: float = 1.0, image_weight: float = 30.0, emit_full_crops_alone: bool = False):
-        if min(max_tokens, max_crops + 1, buffer) < 1:
-            raise ValueError("max_tokens and buffer must be >= 1 and max_crops >= 0; "
-                             f"got {(max_tokens, buffer, max_crops)}")
-        self._max_tokens, self._max_crops = max_tokens, max_crops
-        self._max_pooled = max_tokens if max_pooled is None else max_pooled
-        self._buffer_size, self._weights = buffer, (text_weight, image_weight)
-        self._emit_full_crops_alone = emit_full_crops_alone
-        self._step = max(1, max_tokens // 512)  # the knapsack counts tokens in steps
-        self._waiting: Pack = []
-
-    @property
-    def pending(self) -> list[Any]:
-        """Tags of the sequences in the buffer, oldest first."""
-        return [tag for _, tag in self._waiting]
-
-    def push(self, sequence: types.Sequence, tag: Any = None) -> Pack | None:
-        """Returns a pack, or None while the buffer fills.
-
-        A sequence that fills the token budget alone is returned at once and never waits; one beyond the
-        budget as well, so cut it first (sequence.truncate).
-
-        Raises:
-          ValueError: the sequence has more crops or pooled rows than any row may have.
-        """
-        tokens, crops, pooled = len(sequence.tokens), len(sequence.patches), len(sequence.pooled)
-        if crops > self._max_crops or pooled > self._max_pooled:
-            raise ValueError(f"a sequence must fit a row of {self._max_crops} crops and {self._max_pooled} "
-                             f"pooled rows; got {crops} and {pooled} ({tag!r})")
-        fills_tokens = self._steps(tokens) >= self._steps(self._max_tokens)
-        if fills_tokens or (self._emit_full_crops_alone and crops >= self._max_crops):
-            return [(sequence, tag)]
-        pack = self._take() if len(self._waiting) >= self._buffer_size else None
-        self._waiting.append((sequence, tag))
-        return pack
-
-    def flush(self) -> list[Pack]:
-        """Returns packs of everything that waits, and empties the buffer."""
-        packs = []
-        while self._waiting:
-            packs.append(self._take())
-        return packs
-
-    def _steps(self, tokens: int) -> int:
-        return math.ceil(tokens / self._step)
-
-    def _take(self) -> Pack:
-        """Removes the best pack from the buffer and returns it."""
-        tokens = [len(sequence.tokens) for sequence, _ in self._waiting]
-        crops = [len(sequence.patches) for sequence, _ in self._waiting]
-        text_weight, image_weight = self._weights
-        values = [t * text_weight + c * image_weight for t, c in zip(tokens, crops, strict=True)]
-        chosen = knapsack([self._steps(t) for t in tokens], crops, values, self._steps(self._max_tokens),
-                          self._max_crops)
-        pack, pooled, kept = [], 0, set()
-        for item in chosen:  # the knapsack knows two budgets only: whoever breaks the third goes on waiting
-            pooled_with = pooled + len(self._waiting[item][0].pooled)
-            if pooled_with <= self._max_pooled:
-                pack.append(self._waiting[item])
-                kept.add(item)
-                pooled = pooled_with
-        self._waiting = [entry for item, entry in enumerate(self._waiting) if item not in kept]
-        return pack
 
 
 def join(sequences: Listing[types.Sequence], *, T: int, M: int, R: int, W: int,

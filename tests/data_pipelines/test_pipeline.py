@@ -19,9 +19,11 @@ from data_pipelines import ledger
 from data_pipelines import pipeline
 from data_pipelines import preparation
 from data_pipelines import sources
+from data_pipelines import stream
 from data_pipelines import synthetic
 from molmo2_jax import config
 from molmo2_jax import types
+from molmo2_jax.inputs import packers
 from molmo2_jax.inputs import packing
 from molmo2_jax.inputs import tokenizer as tokenizers
 
@@ -33,6 +35,7 @@ MODEL = config.Molmo2Config(
     connector=config.ConnectorConfig(taps=(1,), num_heads=1, head_dim=16, mlp_width=16),
     text=dataclasses.replace(config.nano().text, vocab_size=400))
 INPUTS = config.InputConfig(max_crops=2, overlap_margins=(1, 1), max_frames=8)
+SMALL = packers.OldestFirst(buffer=2)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def tokenizer(folder):
 def data_config(folder, **fields):
     return pipeline.DataConfig(**{
         "train": (str(folder),), "seed": 5, "row_tokens": 1024, "row_crops": 24, "batch_rows": 2,
-        "packing_buffer": 6, "num_workers": 0, "prefetch": 0, "worker_prefetch": 2, **fields})
+        "packer": packers.OldestFirst(buffer=6), "num_workers": 0, "prefetch": 0, "worker_prefetch": 2, **fields})
 
 
 @pytest.fixture
@@ -72,6 +75,11 @@ def expected(folder, tokenizer):
     """(batch, state behind it) of an uninterrupted run in one process without prefetching."""
     iterator = pipeline.make_iterator(data_config(folder), MODEL, INPUTS, tokenizer)
     return [(next(iterator), iterator.get_state()) for _ in range(12)]
+
+
+def position(iterator, number=0):
+    """Returns where a stream stands."""
+    return json.loads(iterator.get_state()["positions"])[str(number)]
 
 
 def assert_continues(iterator, expected):
@@ -142,21 +150,66 @@ def test_states_have_constant_structure(expected):
 def test_hosts_share_the_stream_without_overlap(make):
     seen = []
     for shard in range(2):
-        iterator = make(shard_index=shard, shard_count=2, packing_buffer=2)
+        iterator = make(shard_index=shard, shard_count=2, packer=SMALL)
         for _ in range(4):
             next(iterator)
-        state = iterator.get_state()
+        state = position(iterator, shard)
         read = set(range(shard, state["next"], 2))
         assert iterator.counters()["examples"] == len(read - set(json.loads(state["waiting"])))
         seen.append(read)
     assert not seen[0] & seen[1]
 
 
+def test_hosts_that_share_streams_make_the_same_global_batches(make):
+    alone = make(streams=2)
+    hosts = [make(streams=2, shard_index=shard, shard_count=2) for shard in range(2)]
+    for _ in range(3):
+        rows = packing.stack([next(host) for host in hosts])
+        np.testing.assert_equal(rows, next(alone))
+    state = alone.get_state()
+    alone.set_states([host.get_state() for host in hosts])  # of two hosts, to go on with one
+    assert alone.get_state() == state
+    again = [make(streams=2, shard_index=shard, shard_count=2) for shard in range(2)]
+    for host in again:
+        host.set_states([state])
+    np.testing.assert_equal(packing.stack([next(host) for host in again]), next(alone))
+
+
+def test_a_failure_of_one_stream_leaves_all_where_they_were(folder, tmp_path, make):
+    copied = copy_world(folder, tmp_path / "copy")
+    iterator = make(copied, streams=2, packer=SMALL, max_broken=0)
+    state, first = iterator.get_state(), next(iterator)
+    assert first.tokens.shape[0] == 2
+    iterator.set_state(state)
+    whole = [stream_ for stream_ in iterator._host._streams.values()]
+    run = whole[1]
+    kept, run._setting = run._setting, dataclasses.replace(run._setting, shape=run._setting.shape | {"M": 0})
+    with pytest.raises(ValueError):
+        next(iterator)
+    assert iterator.get_state() == state
+    run.close()
+    run._setting = kept
+    np.testing.assert_equal(next(iterator), first)
+
+
 def test_a_position_of_other_data_is_refused(make, expected):
     with pytest.raises(ValueError, match="same data.*seed = 5 instead of 6"):
         make(seed=6).set_state(expected[0][1])
-    with pytest.raises(ValueError, match="shard_count = 1 instead of 2"):
-        make(shard_count=2).set_state(expected[0][1])
+    with pytest.raises(ValueError, match=r"must hold streams \[0, 1\] of 2; got \(\[0\], 1\)"):
+        make(streams=2).set_state(expected[0][1])
+    with pytest.raises(ValueError, match=r"all streams of one run; got \(\[0\], \[2\]\)"):
+        make().set_states([make(shard_count=2).get_state()])
+    with pytest.raises(ValueError, match="must hold the positions"):
+        make().set_state({"next": 3})
+
+
+@pytest.mark.parametrize("fields, rule", [
+    ({"streams": 3}, "divide the 2 rows"), ({"streams": 1, "shard_count": 2}, "multiple of the 2 hosts"),
+    ({"batch_rows": 3, "shard_count": 2}, "multiple of the 2 streams"),
+    ({"shard_index": 2, "shard_count": 2}, "shard_index")])
+def test_streams_must_divide_what_they_share(make, fields, rule):
+    with pytest.raises(ValueError, match=rule):
+        make(**fields)
 
 
 # Broken records
@@ -181,12 +234,12 @@ def test_broken_records_are_skipped_counted_and_logged_once(folder, tmp_path, ma
     copied = copy_world(folder, tmp_path / "copy", change)
     record = json.loads((folder / "annotations.jsonl").read_text().splitlines()[broken["media"] - 1])
     truncate(copied / record["video"])
-    iterator = make(copied, packing_buffer=2)
+    iterator = make(copied, packer=SMALL)
     with caplog.at_level(logging.WARNING):
         for _ in range(12):
             next(iterator)
     task, counters = str(copied), iterator.counters()
-    epochs = iterator.get_state()["next"] / (NUM_EXAMPLES - 2)
+    epochs = position(iterator)["next"] / (NUM_EXAMPLES - 2)
     assert epochs > 2
     assert counters["skipped"][task]["line"] == 2
     assert counters["skipped"][task]["media"] == pytest.approx(epochs, abs=1)
@@ -198,7 +251,7 @@ def test_broken_records_are_skipped_counted_and_logged_once(folder, tmp_path, ma
     messages = [one.getMessage() for one in caplog.records if one.name == ledger.__name__]
     assert len(messages) == 4
     state, following = iterator.get_state(), next(iterator)
-    again = make(copied, packing_buffer=2)
+    again = make(copied, packer=SMALL)
     again.set_state(state)
     assert again.counters() == counters
     np.testing.assert_equal(next(again), following)
@@ -209,7 +262,7 @@ def test_too_many_broken_records_end_the_run_with_their_list(folder, tmp_path, m
     videos = sorted((copied / "media").glob("*.mp4"))
     for path in videos[:3]:
         truncate(path)
-    iterator = make(copied, max_broken=2, packing_buffer=2)
+    iterator = make(copied, max_broken=2, packer=SMALL)
     before = iterator.get_state()
     with pytest.raises(ValueError, match="max_broken = 2") as raised:
         for _ in range(50):
@@ -244,8 +297,8 @@ def test_empty_and_missing_folders_are_refused(tmp_path, make):
 
 
 def test_an_example_too_large_for_a_row_is_skipped(make):
-    iterator = make(row_crops=3, packing_buffer=2)
-    while iterator.get_state()["next"] < NUM_EXAMPLES:
+    iterator = make(row_crops=3, packer=SMALL)
+    while position(iterator)["next"] < NUM_EXAMPLES:
         batch = next(iterator)
     counters = iterator.counters()
     [skipped], [broken] = counters["skipped"].values(), counters["broken"].values()
@@ -282,7 +335,7 @@ class DeadlyPreparer(preparation.Preparer):
 
 
 def test_a_record_that_kills_its_process_is_found_and_skipped(folder, tokenizer, monkeypatch):
-    monkeypatch.setattr(pipeline, "_DEATHS", 1)
+    monkeypatch.setattr(stream, "_DEATHS", 1)
     dataset = pipeline.make_dataset(data_config(folder, num_workers=1), MODEL, INPUTS, tokenizer)
     _, index, _ = dataset.preparer.order(9)
     key = dataset.preparer.examples[0][index].key
@@ -291,11 +344,11 @@ def test_a_record_that_kills_its_process_is_found_and_skipped(folder, tokenizer,
     dataset.preparer = DeadlyPreparer(**fields, deadly=key)
     iterator = iter(dataset)
     try:
-        while iterator.get_state()["next"] < 2 * NUM_EXAMPLES:
+        while position(iterator)["next"] < 2 * NUM_EXAMPLES:
             next(iterator)
         [broken] = iterator.counters()["broken"].values()
         assert list(broken) == [key] and "ends the process" in broken[key]
-        assert json.loads(iterator.get_state()["killers"]) == [[0, index]]
+        assert json.loads(position(iterator)["killers"]) == [[0, index]]
     finally:
         iterator.close()
 

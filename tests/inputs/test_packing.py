@@ -1,6 +1,5 @@
-"""Packing: the recorded streams, rows and masks, invariants."""
+"""Packing: rows and masks, invariants."""
 
-import itertools
 import json
 import pathlib
 
@@ -12,14 +11,6 @@ from molmo2_jax.inputs import packing
 
 GOLDENS = json.loads((pathlib.Path(__file__).parents[1] / "goldens/packer/cases.json").read_text())
 P, C, W = 4, 3, 4
-
-
-def of_size(tokens, crops, pooled=0):
-    """A sequence of a given size whose contents do not matter."""
-    zeros = np.zeros(tokens, np.int32)
-    return types.Sequence(
-        tokens=zeros, targets=zeros, weights=np.zeros(tokens, np.float32), positions=zeros, branch=zeros,
-        image=zeros, patches=np.zeros((crops, 0, 0), np.uint8), pooled=np.zeros((pooled, 1), np.int32))
 
 
 def random_sequence(rng, *, is_text=False, num_branches=None):
@@ -49,77 +40,6 @@ def random_sequence(rng, *, is_text=False, num_branches=None):
 def random_row(rng, count=4, T=160):
     sequences = [random_sequence(rng, is_text=rng.random() < 0.3) for _ in range(count)]
     return sequences, packing.join(sequences, T=T, M=16, R=90, W=W, patch_shape=(P, C))
-
-
-@pytest.mark.parametrize("case", GOLDENS["knapsack"], ids=lambda case: f"{len(case['t'])} items")
-def test_the_knapsack_takes_the_recorded_items(case):
-    chosen = packing.knapsack(case["t"], case["i"], case["value"], case["max_t"], case["max_i"])
-    assert chosen == case["selected"]
-
-
-def test_the_knapsack_is_optimal_and_prefers_earlier_items():
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        tokens, crops, values = rng.integers(0, 9, 7), rng.integers(0, 5, 7), rng.integers(1, 6, 7)
-        fitting = [chosen for size in range(8) for chosen in itertools.combinations(range(7), size)
-                   if tokens[list(chosen)].sum() <= 16 and crops[list(chosen)].sum() <= 7]
-        best = max(values[list(chosen)].sum() for chosen in fitting)
-        found = packing.knapsack(tokens, crops, values, 16, 7)
-        assert tuple(reversed(found)) in fitting and values[found].sum() == best
-
-
-@pytest.mark.parametrize("case", GOLDENS["streams"], ids=lambda case: f"buffer {case['buffer_size']}")
-def test_the_packer_emits_the_recorded_packs(case):
-    packer = packing.Packer(
-        case["max_tokens"], case["max_images"], buffer=case["buffer_size"], text_weight=case["text_weight"],
-        image_weight=case["image_weight"], emit_full_crops_alone=case["shortcut_max_len_images"])
-    for number, ((tokens, crops), expected) in enumerate(
-            zip(case["examples"], case["outputs"], strict=True)):
-        pack = packer.push(of_size(tokens, crops), number)
-        assert (pack and [tag for _, tag in pack]) == expected
-    assert packer.pending == case["buffer_at_end"]
-
-
-def test_a_packer_resumed_from_its_pending_sequences_emits_the_same():
-    rng = np.random.default_rng(1)
-    stream = [of_size(int(rng.integers(1, 60)), int(rng.integers(0, 9))) for _ in range(120)]
-
-    def run(packer, numbers):
-        packs = [packer.push(stream[number], number) for number in numbers]
-        return [[tag for _, tag in pack] for pack in packs if pack]
-
-    whole = packing.Packer(100, 12, buffer=8)
-    run(whole, range(70))
-    resumed = packing.Packer(100, 12, buffer=8)
-    assert run(resumed, whole.pending) == []
-    assert resumed.pending == whole.pending
-    assert run(resumed, range(70, 120)) == run(whole, range(70, 120))
-
-
-def test_every_sequence_is_emitted_once_and_rows_keep_all_three_budgets():
-    rng = np.random.default_rng(2)
-    packer = packing.Packer(100, 12, 40, buffer=8)
-    packs = []
-    for number in range(200):
-        crops = int(rng.integers(0, 9))
-        pack = packer.push(of_size(int(rng.integers(1, 101)), crops, crops * 5), number)
-        packs += [pack] if pack else []
-    packs += packer.flush()
-    assert sorted(tag for pack in packs for _, tag in pack) == list(range(200))
-    assert packer.pending == [] and packer.flush() == []
-    for pack in packs:
-        assert pack
-        assert sum(len(one.tokens) for one, _ in pack) <= 100
-        assert sum(len(one.patches) for one, _ in pack) <= 12
-        assert sum(len(one.pooled) for one, _ in pack) <= 40
-
-
-def test_a_sequence_that_fits_no_row_is_refused():
-    packer = packing.Packer(100, 12, 40)
-    with pytest.raises(ValueError, match="12 crops and 40 pooled rows; got 13 and 0 \\('clip'\\)"):
-        packer.push(of_size(10, 13), "clip")
-    with pytest.raises(ValueError, match="got 1 and 41"):
-        packer.push(of_size(50, 1, 41))
 
 
 @pytest.mark.parametrize("case", GOLDENS["pack"], ids=lambda case: f"{len(case['examples'])} examples")

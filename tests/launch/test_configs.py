@@ -8,6 +8,7 @@ import pytest
 
 from launch import run
 from molmo2_jax import config
+from molmo2_jax.inputs import packers
 
 ABSENT = "absent"
 CAUSAL = {"model.visual_attention": ("image_tokens", "causal")}
@@ -23,7 +24,12 @@ ABLATIONS = {  # file: (base run, {path of a field: (value in the base run, valu
     "recipe/no_frame_times": ("sft_4b", NO_TIMES),
     "recipe/pool_2x2": ("sft_4b", {**POOL_2X2, "inputs.max_frames": (128, 52)}),
     "recipe/pool_2x2_all_frames": ("sft_4b", {**POOL_2X2, "data.row_tokens": (16384, 36864)}),
-    "recipe/one_example_per_row": ("sft_4b", {"data.packing_buffer": (48, 1)}),
+    "recipe/one_example_per_row": ("sft_4b", {"data.packer.buffer": (80, 1)}),
+    "recipe/reference_packing": ("sft_4b", {
+        "data.packer.buffer": (80, 48), "data.packer.text_weight": (ABSENT, 1.0),
+        "data.packer.image_weight": (ABSENT, 30.0), "data.packer.emit_full_crops_alone": (ABSENT, False),
+        "data.packer.max_wait": (96, ABSENT), "data.packer.waste": (0.01, ABSENT),
+        "data.packer.slack": (0.1, ABSENT), "data.packer.steps": (256, ABSENT)}),
     "recipe/ask_224_frames": ("sft_8b", {"inputs.max_frames": (128, 224)}),
     "recipe/ask_332_frames_pool_5x5": ("sft_8b", {"model.connector.video_window": ((3, 3), (5, 5)),
                                                   "inputs.max_frames": (128, 332)}),
@@ -31,11 +37,11 @@ ABLATIONS = {  # file: (base run, {path of a field: (value in the base run, valu
 
 # The recipe (paper, section 3.3 and appendix), the same for all sizes: steps, tokens and crops of a row,
 # frames, peak rates of ViT, connector and decoder, their warm-ups, dropout of all and of answers, steps
-# between saves, value of a crop to the packer, seed of the data.
+# between saves, seed of the data.
 STAGES = {
-    "pretrain": (32000, 2560, 16, 16, 6e-6, 2e-4, 2e-5, 2000, 200, 2000, 0.0, 0.1, 4000, 1.0, 95818),
-    "sft": (30000, 16384, 128, 128, 5e-6, 5e-6, 1e-5, 200, 200, 200, 0.1, 0.0, 2000, 30.0, 50189),
-    "long_context": (2000, 36864, 384, 384, 5e-6, 5e-6, 1e-5, 200, 200, 200, 0.1, 0.0, 2000, 30.0, 50189),
+    "pretrain": (32000, 2560, 16, 16, 6e-6, 2e-4, 2e-5, 2000, 200, 2000, 0.0, 0.1, 4000, 95818),
+    "sft": (30000, 16384, 128, 128, 5e-6, 5e-6, 1e-5, 200, 200, 200, 0.1, 0.0, 2000, 50189),
+    "long_context": (2000, 36864, 384, 384, 5e-6, 5e-6, 1e-5, 200, 200, 200, 0.1, 0.0, 2000, 50189),
 }
 SIZES = ("4b", "8b", "o_7b")
 
@@ -83,9 +89,9 @@ def test_runs_of_the_recipe_have_its_numbers(stage, size):
     assert resolved.model == getattr(config, f"molmo2_{size}")()
     assert (train.steps, data.row_tokens, data.row_crops, resolved.inputs.max_frames,
             *(tower.lr for tower in towers), *(tower.warmup for tower in towers), train.residual_dropout,
-            train.response_dropout, train.save_every, data.image_weight, data.seed) == STAGES[stage]
-    assert (data.batch_rows, data.packing_buffer, train.seed, train.dtype, train.z_weight) == (
-        128, 48, 6198, "bfloat16", 1e-4)
+            train.response_dropout, train.save_every, data.seed) == STAGES[stage]
+    assert (data.batch_rows, data.packer, train.seed, train.dtype, train.z_weight) == (
+        128, packers.OldestFirst(), 6198, "bfloat16", 1e-4)
     assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip_norm, optim.floor,
             optim.frozen, optim.muon) == (0.9, 0.95, 1e-6, 0.0, 1.0, 0.1, ("base_embedding",), None)
     assert (resolved.inputs.max_crops, resolved.inputs.high_res_crops, resolved.inputs.max_fps) == (8, 24, 2)

@@ -34,6 +34,7 @@ from launch import run
 from molmo2_jax import config
 from molmo2_jax import optim
 from molmo2_jax import train
+from molmo2_jax.inputs import packers
 
 run.RunConfig.model = @config.Molmo2Config()
 config.Molmo2Config.vision = @config.VisionConfig()
@@ -74,7 +75,8 @@ pipeline.DataConfig.row_tokens = 512
 pipeline.DataConfig.row_crops = 16
 pipeline.DataConfig.row_visual_tokens = 128
 pipeline.DataConfig.batch_rows = 1
-pipeline.DataConfig.packing_buffer = 4
+pipeline.DataConfig.packer = @packers.OldestFirst()
+packers.OldestFirst.buffer = 4
 pipeline.DataConfig.num_workers = 0
 
 run.RunConfig.optim = @optim.OptimConfig()

@@ -1,0 +1,268 @@
+"""Which sequences share a row: an on-line choice under a budget of tokens and one of crops.
+
+Sequences wait in a small buffer; once it is full, every new one lets a rule choose a row among those
+waiting. There are two rules: `OldestFirst`, the default, and `Knapsack`, the reference's
+(olmo/data/dynamic_packer.py). Both count tokens in steps, rounded up.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Listing
+from typing import Any
+
+import numpy as np
+
+from molmo2_jax import types
+
+Pack = list[tuple[types.Sequence, Any]]
+
+
+def knapsack(tokens: Listing[int], crops: Listing[int], values: Listing[float], max_tokens: int,
+             max_crops: int) -> list[int]:
+    """Returns the item numbers, descending, with the largest total value within both capacities.
+
+    Exact 0/1 dynamic programme in float32; of equally good choices, one without the later items.
+    """
+    best = np.zeros((max_tokens + 1, max_crops + 1), np.float32)
+    is_taken = np.zeros((len(values), max_tokens + 1, max_crops + 1), bool)
+    for item, (t, c, value) in enumerate(zip(tokens, crops, values, strict=True)):
+        if t > max_tokens or c > max_crops:
+            continue
+        with_item = best[:max_tokens + 1 - t, :max_crops + 1 - c] + np.float32(value)
+        without = best[t:, c:]
+        np.greater(with_item, without, out=is_taken[item, t:, c:])
+        np.maximum(with_item, without, out=without)
+    chosen, t, c = [], max_tokens, max_crops
+    for item in range(len(values) - 1, -1, -1):
+        if is_taken[item, t, c]:
+            chosen.append(item)
+            t, c = t - tokens[item], c - crops[item]
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Knapsack:
+    """The reference's rule: the row of greatest value, exactly. Some sequences may wait for ever.
+
+    buffer: sequences that wait before the first row is chosen.
+    text_weight, image_weight: value of a token and of a crop. Lets 128-frame videos find partners.
+    emit_full_crops_alone: a sequence that fills the crop budget does not wait (off in all recipes).
+    """
+    buffer: int = 48
+    text_weight: float = 1.0
+    image_weight: float = 30.0
+    emit_full_crops_alone: bool = False
+
+    def __post_init__(self):
+        _require(self.buffer >= 1, "buffer must be >= 1 sequence", self.buffer)
+
+    def stands_alone(self, tokens: int, crops: int, max_tokens: int, max_crops: int) -> bool:
+        """Returns whether a sequence is a row of its own and need not wait."""
+        return (_fills(tokens, max_tokens, self._step(max_tokens))
+                or self.emit_full_crops_alone and crops >= max_crops)
+
+    def _step(self, max_tokens: int) -> int:
+        return max(1, max_tokens // 512)
+
+    def choose(self, tokens: Listing[int], crops: Listing[int], waits: Listing[int], max_tokens: int,
+               max_crops: int) -> list[int]:
+        """Returns the places in the buffer of a row, in the order in which they are joined."""
+        step = self._step(max_tokens)
+        values = [t * self.text_weight + c * self.image_weight for t, c in zip(tokens, crops, strict=True)]
+        return knapsack([math.ceil(t / step) for t in tokens], crops, values, math.ceil(max_tokens / step),
+                        max_crops)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OldestFirst:
+    """Makes a row of the longest waiting sequences that fill it almost, whatever they are.
+
+    The set of all (tokens, crops) that rows can come to grows by one sequence at a time, oldest first, until
+    it holds a good one. Good is: of the budget that is scarcer among those waiting, at most `waste` is left;
+    of the other one about the share that those waiting need, so that what is left stays fit for more rows.
+    If there is no good row both tolerances are widened. A sequence that has waited `max_wait` rows is in the
+    next one, so none waits longer than max_wait + buffer rows.
+
+    The set is one Python integer with a bit for each pair of remaining budgets: that makes this fast.
+
+    buffer: sequences that wait before the first row is chosen. waste, slack: shares of a budget.
+    steps: resolution of tokens.
+    """
+    buffer: int = 80
+    max_wait: int = 96
+    waste: float = 0.01
+    slack: float = 0.1
+    steps: int = 256
+
+    def __post_init__(self):
+        _require(self.buffer >= 1, "buffer must be >= 1 sequence", self.buffer)
+        _require(self.max_wait >= 0, "max_wait must be >= 0 rows", self.max_wait)
+        _require(0 < self.waste <= 1 and 0 <= self.slack <= 1, "waste must lie in (0, 1] and slack in [0, 1]",
+                 (self.waste, self.slack))
+        _require(self.steps >= 1, "steps must be >= 1", self.steps)
+
+    def stands_alone(self, tokens: int, crops: int, max_tokens: int, max_crops: int) -> bool:
+        """Returns whether a sequence is a row of its own and need not wait."""
+        return _fills(tokens, max_tokens, self._step(max_tokens))
+
+    def _step(self, max_tokens: int) -> int:
+        return max(1, max_tokens // self.steps)
+
+    def choose(self, tokens: Listing[int], crops: Listing[int], waits: Listing[int], max_tokens: int,
+               max_crops: int) -> list[int]:
+        """Returns the places in the buffer of a row, in the order in which they are joined."""
+        step, width = self._step(max_tokens), max_crops + 1
+        size, steps = max_tokens // step, [math.ceil(t / step) for t in tokens]
+        needs = _needs(sum(steps) / size, sum(crops) / max(max_crops, 1))
+        at_least, at_most = _masks(size, max_crops)
+
+        def good(widening: float) -> int:
+            """Returns the bits of the remaining budgets that a good row may leave."""
+            left = [min(1.0, widening * (self.waste + (self.slack if need < 1 else 0.0)) + 1 - need)
+                    for need in needs]
+            return ((1 << (int(left[0] * size) + 1) * width) - 1) & at_most[int(left[1] * max_crops)]
+
+        costs = [t * width + c for t, c in zip(steps, crops, strict=True)]
+        first = int(waits[0] >= self.max_wait)
+        full = size * width + max_crops - (costs[0] if first else 0)
+        goal, reached, before = good(1.0), 1 << full, []
+        for place in range(first, len(costs)):
+            before.append(reached)
+            fitting = reached & at_least[crops[place]] if crops[place] else reached
+            reached |= fitting >> costs[place]  # what lacks the tokens falls off the end
+            if place % 8 == 7 and reached & goal:
+                break
+        hits, widening = reached & goal, 1.0
+        while not hits:
+            widening *= 1.5
+            hits = reached & good(widening)
+        left = (hits & -hits).bit_length() - 1  # fewest tokens, then fewest crops
+        return list(range(first)) + _trace(left, full, before, costs[first:], first)
+
+
+def _require(is_right: bool, rule: str, value) -> None:
+    if not is_right:
+        raise ValueError(f"{rule}; got {value!r}")
+
+
+def _fills(tokens: int, max_tokens: int, step: int) -> bool:
+    return math.ceil(tokens / step) >= math.ceil(max_tokens / step)
+
+
+def _needs(tokens: float, crops: float) -> tuple[float, float]:
+    """Returns which share of each budget a row should fill, 1 for the scarcer: those waiting decide."""
+    larger = max(tokens, crops)
+    return tokens / larger, crops / larger
+
+
+@functools.lru_cache(maxsize=8)
+def _masks(size: int, max_crops: int) -> tuple[list[int], list[int]]:
+    """Returns for c = 0 ... max_crops the bits with at least, and with at most, c crops remaining.
+
+    Bit t * (max_crops + 1) + c stands for t steps and c crops that remain, t <= size.
+    """
+    width = max_crops + 1
+    every = sum(1 << row * width for row in range(size + 1))  # bit c = 0 of each t
+    at_least = [((1 << width) - (1 << c)) * every for c in range(width)]
+    at_most = [((1 << c + 1) - 1) * every for c in range(width)]
+    return at_least, at_most
+
+
+def _trace(left: int, full: int, before: Listing[int], costs: Listing[int], first: int) -> list[int]:
+    """Returns the places of sequences that leave `left`, oldest first; of several sets one of older ones.
+
+    before[i]: what could be left by those older than i.
+    """
+    chosen = []
+    for place in range(len(before) - 1, -1, -1):
+        if left == full:
+            break
+        if not before[place] >> left & 1:
+            chosen.append(place + first)
+            left += costs[place]
+    return chosen[::-1]
+
+
+Rule = Knapsack | OldestFirst
+
+
+class Packer:
+    """Collects sequences and emits packs, as its rule says.
+
+    A pack is a list of (sequence, tag) in the order in which packing.join concatenates them. Tags are the
+    caller's and come back untouched. The whole state is `pending` and `state()`: a new Packer that `resume`s
+    with the same sequences continues where this one stands.
+
+    max_tokens, max_crops, max_pooled: budgets of a row; max_pooled None: as many as there are tokens.
+    """
+
+    def __init__(self, rule: Rule, max_tokens: int, max_crops: int,
+                 max_pooled: int | None = None):
+        _require(max_tokens >= 1 and max_crops >= 0, "max_tokens must be >= 1 and max_crops >= 0",
+                 (max_tokens, max_crops))
+        self._rule, self._max_tokens, self._max_crops = rule, max_tokens, max_crops
+        self._max_pooled = max_tokens if max_pooled is None else max_pooled
+        self._waiting: Pack = []
+        self._waits: list[int] = []  # rows that were emitted while it waited
+        self._longest_wait = 0
+
+    @property
+    def pending(self) -> list[Any]:
+        """Tags of the sequences in the buffer, oldest first."""
+        return [tag for _, tag in self._waiting]
+
+    def state(self) -> dict[str, Any]:
+        """Returns `waits`, in rows, of those pending, and `longest_wait` of any that was emitted."""
+        return {"waits": list(self._waits), "longest_wait": self._longest_wait}
+
+    def resume(self, pending: Pack, state: Mapping[str, Any]) -> None:
+        """Puts back the sequences that were `pending` when `state` was taken."""
+        self._waiting, self._waits = list(pending), list(state["waits"])
+        self._longest_wait = state["longest_wait"]
+
+    def push(self, sequence: types.Sequence, tag: Any = None) -> Pack | None:
+        """Returns a pack, or None while the buffer fills.
+
+        A sequence that fills the token budget alone is returned at once and never waits; one beyond the
+        budget as well, so cut it first (sequence.truncate).
+
+        Raises:
+          ValueError: the sequence has more crops or pooled rows than any row may have.
+        """
+        tokens, crops, pooled = len(sequence.tokens), len(sequence.patches), len(sequence.pooled)
+        if crops > self._max_crops or pooled > self._max_pooled:
+            raise ValueError(f"a sequence must fit a row of {self._max_crops} crops and {self._max_pooled} "
+                             f"pooled rows; got {crops} and {pooled} ({tag!r})")
+        if self._rule.stands_alone(tokens, crops, self._max_tokens, self._max_crops):
+            return [(sequence, tag)]
+        pack = self._take() if len(self._waiting) >= self._rule.buffer else None
+        self._waiting.append((sequence, tag))
+        self._waits.append(0)
+        return pack
+
+    def flush(self) -> list[Pack]:
+        """Returns packs of everything that waits, and empties the buffer."""
+        packs = []
+        while self._waiting:
+            packs.append(self._take())
+        return packs
+
+    def _take(self) -> Pack:
+        """Removes the next pack from the buffer and returns it."""
+        tokens = [len(sequence.tokens) for sequence, _ in self._waiting]
+        crops = [len(sequence.patches) for sequence, _ in self._waiting]
+        chosen = self._rule.choose(tokens, crops, self._waits, self._max_tokens, self._max_crops)
+        pack, kept, total, pooled = [], set(), 0, 0
+        for item in chosen:  # whoever breaks the third budget, or the first by rounding, goes on waiting
+            total_with, pooled_with = total + tokens[item], pooled + len(self._waiting[item][0].pooled)
+            if total_with <= self._max_tokens and pooled_with <= self._max_pooled:
+                pack.append(self._waiting[item])
+                kept.add(item)
+                total, pooled = total_with, pooled_with
+        self._longest_wait = max(self._longest_wait, max(self._waits[item] for item in kept))
+        rest = [item for item in range(len(self._waiting)) if item not in kept]
+        self._waiting = [self._waiting[item] for item in rest]
+        self._waits = [self._waits[item] + 1 for item in rest]
+        return pack
