@@ -151,12 +151,14 @@ class InputConfig:
     max_fps: float = 2.0
     frame_time_text: bool = True              # the seconds before each frame, as text
     per_frame_special_tokens: bool = True     # one <frame_start>/<frame_end> pair per frame, not per video
+    max_read_seconds: float = 600.0           # longest that reading the media of an example may take
 
     def __post_init__(self):
         _require(self.max_crops >= 1 and self.high_res_crops >= 1, "crop limits must be >= 1",
                  (self.max_crops, self.high_res_crops))
         _require(self.max_frames >= 1, "max_frames must be >= 1", self.max_frames)
         _require(self.max_fps > 0, "max_fps must be > 0 frames per second", self.max_fps)
+        _require(self.max_read_seconds > 0, "max_read_seconds must be > 0", self.max_read_seconds)
         _require(min(self.overlap_margins) >= 0, "overlap_margins must be >= 0 patches",
                  self.overlap_margins)
 

@@ -37,6 +37,7 @@ class Example:
     video: str | None = None                    # path
     images: tuple[str, ...] = ()                # paths
     clip: tuple[float, float] | None = None     # seconds
+    tracking_fps: float | None = None           # rate of annotated tracks, where it decides the sampled times
     subtitles: tuple[tuple[float, float, str], ...] = ()  # start, end in seconds; text
     source: str = ""                            # data set name, for counts and reports
     key: str = ""                               # where it came from: "file.jsonl:17"

@@ -7,7 +7,9 @@ import numpy as np
 from molmo2_jax import config as configs
 from molmo2_jax import types
 from molmo2_jax.inputs import image
+from molmo2_jax.inputs import time_limit
 from molmo2_jax.inputs import video
+from molmo2_jax.inputs import video_file
 
 # What annotations and answers are relative to: the Frames of a video, or (width, height) of each image.
 View = types.Frames | Sequence[tuple[int, int]]
@@ -23,15 +25,23 @@ def see(example: types.Example, config: configs.Molmo2Config, inputs: configs.In
       high_res: probability that a single image is cut into `high_res_crops` tiles; 0 and 1 need no rng.
 
     Raises:
-      ValueError: the media cannot be read (image.MediaError) or do not fit the configs.
+      ValueError: the media cannot be read, or not within `max_read_seconds` (image.MediaError), or they do
+        not fit the configs.
     """
+    if example.video is None and not example.images:
+        return None, ()
+    limit = inputs.max_read_seconds
+    late = video_file.too_slow(example.video or ", ".join(example.images), limit)
     if example.video is not None:
-        side = config.vision.image_size
-        frames = video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps,
-                            clip=example.clip, size=(side, side))
+        frames = time_limit.within(limit, lambda: _frames(example, config, inputs), late)
         return image.crops_of_frames(frames, config, inputs, tokenizer, example.subtitles), frames
-    if example.images:
-        pixels = [image.load(path) for path in example.images]
-        crops = image.crops_of_images(pixels, config, inputs, tokenizer, high_res=high_res, rng=rng)
-        return crops, tuple((one.shape[1], one.shape[0]) for one in pixels)
-    return None, ()
+    pixels = time_limit.within(limit, lambda: [image.load(path) for path in example.images], late)
+    crops = image.crops_of_images(pixels, config, inputs, tokenizer, high_res=high_res, rng=rng)
+    return crops, tuple((one.shape[1], one.shape[0]) for one in pixels)
+
+
+def _frames(example, config, inputs) -> types.Frames:
+    side = config.vision.image_size
+    return video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps, clip=example.clip,
+                      tracking_fps=example.tracking_fps, size=(side, side),
+                      max_seconds=inputs.max_read_seconds)

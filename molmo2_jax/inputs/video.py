@@ -1,7 +1,7 @@
 """Which seconds of a video to look at, which frames are shown then, and their pixels.
 
-A file is read twice at most: first only its packets, which tell every presentation time and keyframe at a
-hundredth of the cost of decoding; then the packets that the chosen frames need.
+First only the packets of a file are read, which tell every presentation time and keyframe at a hundredth of
+the cost of decoding; then the packets that the chosen frames need, with a seek over what lies between.
 
 N frames, H x W pixels. Ticks are the stream's own integer time units.
 
@@ -9,26 +9,21 @@ Source: paper, section 3.1; reference: olmo/data/video_loader.py (time sampling 
 """
 
 import dataclasses
-import fractions
 import math
-import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import av
 import numpy as np
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from molmo2_jax import types
 from molmo2_jax.inputs import image
+from molmo2_jax.inputs import video_file
 
 MediaError = image.MediaError
 MAX_TRACKING_FPS = 10
 EDGE_SECONDS = 1e-6            # requested times stay this far inside the stream
-MAX_FRAME_PIXELS = 2**26       # decoders refuse larger frames; 8K video has half of it
-HELD_BYTES = 16 * 2**20        # smaller files keep their packets in memory between the two passes
-FALLBACK_FPS = fractions.Fraction(25)  # of a single frame that states neither duration nor rate
 # Building swscale's tables costs as much as decoding a small clip; they are kept while the format stays.
 _converters = threading.local()
 
@@ -95,168 +90,20 @@ def tracking_seconds(duration: float, max_frames: int, video_fps: float, annotat
     return times[times < duration]
 
 
-# Index
+# From time to frame
 
 
-@dataclasses.dataclass(frozen=True)
-class VideoIndex:
-    """Every frame of a video in presentation order, known without decoding.
-
-    `start` is the packet from which decoding must begin so that the frame comes out whole. Width and height
-    are as coded, before a rotation flag is applied. Where packets do not carry the time of their frame
-    the stream is not `timed`, and the n-th frame that leaves the decoder is frame n.
-    """
-    seconds: np.ndarray    # float64[N], ascending
-    ticks: np.ndarray      # int64[N]
-    packets: np.ndarray    # int64[N], place in the file's order
-    start: np.ndarray      # int64[N], place in the file's order
-    begin: float           # seconds
-    end: float             # seconds, of the last frame's display
-    width: int
-    height: int
-    fps: float             # average
-    timed: bool = True
-
-    @property
-    def duration(self) -> float:
-        return self.end - self.begin
-
-
-def index(path) -> VideoIndex:
+def index(path) -> video_file.VideoIndex:
     """Returns the index of the first video stream of a file.
 
     Raises:
       MediaError: missing, empty, broken, or without video frames.
     """
-    with _Reader(path) as reader:
+    with video_file.Reader(path) as reader:
         return reader.index()
 
 
-class _Reader:
-    """An open file. Whatever FFmpeg finds wrong with it leaves as a MediaError naming the file."""
-
-    def __init__(self, path):
-        self.path = path
-        self.held: list[av.Packet] | None = None
-
-    def __enter__(self) -> "_Reader":
-        if not os.path.isfile(self.path):
-            raise MediaError(f"{self.path}: there is no such file")
-        if not os.path.getsize(self.path):
-            raise MediaError(f"{self.path}: is empty")
-        self._open()
-        return self
-
-    def _open(self):
-        try:
-            self._container = av.open(os.fspath(self.path), metadata_errors="replace")
-        except (av.FFmpegError, ValueError, OSError) as error:
-            raise MediaError(f"{self.path}: cannot be opened as a video: {_reason(error)}") from error
-        try:
-            self._open_stream()
-        except Exception:
-            self._container.close()
-            raise
-
-    def _open_stream(self):
-        streams = [stream for stream in self._container.streams.video
-                   if not stream.disposition & Disposition.attached_pic]
-        if not streams:
-            raise MediaError(f"{self.path}: has no video stream")
-        self.stream, self.codec = streams[0], streams[0].codec_context
-        if self.codec is None:
-            raise MediaError(f"{self.path}: its video codec is unknown")
-        self.codec.thread_count = 1
-        self.codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-        try:  # before skip_frame is ever set: some decoders read it only here
-            self.codec.open(strict=False)
-        except av.FFmpegError as error:
-            raise MediaError(f"{self.path}: cannot be decoded: {_reason(error)}") from error
-
-    def __exit__(self, kind, error, trace):
-        self.held = None
-        self._container.close()
-        if isinstance(error, av.FFmpegError):
-            raise MediaError(f"{self.path}: cannot be decoded: {_reason(error)}") from error
-
-    def packets(self) -> Iterator[av.Packet]:
-        """Yields the packets of the stream; a second call starts over."""
-        if self.held is not None:
-            yield from self.held
-            return
-        self._container.close()
-        self._open()
-        yield from self._demux()
-
-    def _demux(self) -> Iterator[av.Packet]:
-        try:
-            for packet in self._container.demux(self.stream):
-                if packet.size:
-                    yield packet
-        except IndexError as error:  # PyAV's, when a damaged file brings up streams it had not announced
-            raise MediaError(f"{self.path}: cannot be decoded: its streams change") from error
-
-    def index(self) -> VideoIndex:
-        rows, held, size = [], [], 0
-        for packet in self._demux():
-            rows.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard))
-            size += packet.size
-            if size <= HELD_BYTES:
-                held.append(packet)
-        self.held = held if size <= HELD_BYTES else None
-        try:
-            return _index_of(rows, self.stream)
-        except ValueError as error:
-            raise MediaError(f"{self.path}: {error}") from None
-
-
-def _reason(error) -> str:
-    return (getattr(error, "strerror", None) or str(error)).lower()
-
-
-def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
-    """Returns the index of packets (ticks, duration in ticks, is keyframe, is never shown) in file order."""
-    rate, unit = stream.average_rate or stream.guessed_rate, stream.time_base
-    packets = np.array([place for place, row in enumerate(rows) if not row[3]], np.int64)
-    if not len(packets):
-        raise ValueError("has a video stream without frames")
-    if unit is None or any(row[0] is None for row in rows):  # elementary streams
-        ticks, unit, timed, last = np.arange(len(packets)), 1 / (rate or FALLBACK_FPS), False, 1
-    else:
-        ticks, first = np.unique([rows[place][0] for place in packets], return_index=True)
-        packets = packets[first]
-        last = rows[packets[-1]][1] or 0
-        # AVI stores the order of decoding only; FFmpeg's guess at the order of display can be wrong.
-        timed = stream.container.format.name != "avi" or not stream.codec_context.has_b_frames
-    keys = [place for place, row in enumerate(rows) if row[2]] if timed else []
-    seconds = ticks.astype(np.float64) * unit.numerator / unit.denominator
-    begin, end = float(seconds[0]), float((ticks[-1] + last) * unit) if last > 0 else float(
-        seconds[-1] + float(1 / (rate or FALLBACK_FPS)))
-    if not begin < end:
-        raise ValueError(f"has impossible time stamps: {begin} .. {end} seconds")
-    stated, counted = float(rate or 0), len(ticks) / (end - begin)
-    return VideoIndex(
-        seconds=seconds, ticks=ticks, packets=packets, timed=timed, begin=begin, end=end,
-        start=_starts(ticks, packets, np.array(keys, np.int64), [rows[place][0] for place in keys]),
-        width=stream.codec_context.width, height=stream.codec_context.height,
-        fps=stated if abs(stated - counted) <= 0.01 * counted else counted)
-
-
-def _starts(ticks, packets, keys, key_ticks) -> np.ndarray:
-    """Returns int64[N]: for each frame the last keyframe neither shown nor stored after it, else packet 0.
-
-    A frame stored behind a keyframe but shown before it leans on what came before that keyframe.
-    """
-    start = np.zeros(len(ticks), np.int64)
-    candidate = np.searchsorted(keys, packets, side="right") - 1
-    for frame, key in enumerate(candidate):
-        while key >= 0 and key_ticks[key] > ticks[frame]:
-            key -= 1
-        start[frame] = keys[key] if key >= 0 else 0
-    return start
-
-
-def clip_span(index: VideoIndex, clip: tuple[float, float] | None) -> tuple[float, float]:
+def clip_span(index: video_file.VideoIndex, clip: tuple[float, float] | None) -> tuple[float, float]:
     """Returns (stream time at which the clip begins, duration of the clip), both in seconds.
 
     Raises:
@@ -271,7 +118,8 @@ def clip_span(index: VideoIndex, clip: tuple[float, float] | None) -> tuple[floa
     return index.begin + start, min(end, index.duration) - start
 
 
-def frames_at(index: VideoIndex, seconds: np.ndarray, clip: tuple[float, float] | None = None) -> np.ndarray:
+def frames_at(index: video_file.VideoIndex, seconds: np.ndarray,
+              clip: tuple[float, float] | None = None) -> np.ndarray:
     """Returns int64[N]: the frame on display at each time, counted from the start of the clip.
 
     That is the last frame whose presentation time is not after the time; times outside the stream are moved
@@ -294,7 +142,7 @@ class _Run:
     wanted: frozenset[int]
 
 
-def _runs(index: VideoIndex, frames: Iterable[int]) -> list[_Run]:
+def _runs(index: video_file.VideoIndex, frames: Iterable[int]) -> list[_Run]:
     """Returns what to decode for ascending frames: a new run wherever a keyframe lets packets be left out."""
     runs = []
     for frame in frames:
@@ -307,21 +155,19 @@ def _runs(index: VideoIndex, frames: Iterable[int]) -> list[_Run]:
     return runs
 
 
-def _decode(reader: _Reader, runs: Iterable[_Run]) -> Iterator[av.VideoFrame]:
+def _decode(reader: video_file.Reader, runs: Iterable[_Run]) -> Iterator[av.VideoFrame]:
     """Yields decoded frames in presentation order; of the unwanted ones only those that others need."""
-    packets = enumerate(reader.packets())
     for run in runs:
-        for place, packet in packets:
-            if place >= run.first:
-                reader.codec.skip_frame = "DEFAULT" if place in run.wanted else "NONREF"
-                yield from reader.codec.decode(packet)
-            if place >= run.last:
-                break
+        for place, packet in reader.between(run.first, run.last):
+            reader.check_time()
+            reader.codec.skip_frame = "DEFAULT" if place in run.wanted else "NONREF"
+            yield from reader.codec.decode(packet)
         yield from reader.codec.decode(None)  # what the decoder still holds back for reordering
         reader.codec.flush_buffers()
 
 
-def _wanted(reader: _Reader, index: VideoIndex, frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
+def _wanted(reader: video_file.Reader, index: video_file.VideoIndex,
+            frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yields (frame number, decoded frame) for ascending frame numbers.
 
     Streams whose decoder does not hand out every frame that the packets promise are decoded from the
@@ -351,48 +197,60 @@ def _wanted(reader: _Reader, index: VideoIndex, frames: Sequence[int]) -> Iterat
 
 
 def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, float] | None = None,
-         seconds: np.ndarray | None = None, size: tuple[int, int] | None = None) -> types.Frames:
+         seconds: np.ndarray | None = None, tracking_fps: float | None = None,
+         size: tuple[int, int] | None = None, max_seconds: float = math.inf) -> types.Frames:
     """Returns the frames of a video on display at the sampled times.
 
     Args:
       max_frames, fps: as in sample_seconds; unused where `seconds` is given.
       clip: (start, end) in seconds from the start of the video; None for all of it.
       seconds: times relative to the start of the clip, instead of sampled ones.
+      tracking_fps: the rate of annotated tracks: times are those of tracking_seconds.
       size: (rows, columns) to which each frame is resized as soon as it is decoded; None: source size.
+      max_seconds: the longest that this may take, looked at between two packets.
 
     Raises:
-      MediaError: the file is missing, empty, broken, without video, or changes its frame size.
+      MediaError: the file is missing, empty, broken, without video, changes its frame size or takes too long.
       ValueError: the clip does not lie in the video, or a limit is not positive.
     """
-    with _Reader(path) as reader:
+    with video_file.Reader(path, max_seconds) as reader:
         contents = reader.index()
         duration = clip_span(contents, clip)[1]
-        if seconds is None:
+        if seconds is None and tracking_fps is not None:
+            seconds = tracking_seconds(duration, max_frames, contents.fps, tracking_fps)
+        elif seconds is None:
             seconds = sample_seconds(duration, max_frames, fps)
         seconds = np.asarray(seconds, np.float64)
         if not len(seconds):
             raise ValueError("at least one time must be read; got none")
         frames = frames_at(contents, seconds, clip)
-        pixels, shape = None, None
-        for frame, decoded in _wanted(reader, contents, np.unique(frames).tolist()):
-            rgb = _upright_rgb(decoded)
-            shape = shape or rgb.shape
-            if size is not None:
-                rgb = image.resize(rgb, *size)
-            if pixels is None:
-                pixels = np.empty((len(frames), *rgb.shape), np.uint8)
-            if rgb.shape != pixels.shape[1:]:
-                raise MediaError(f"{path}: all frames must have one size; got {shape[1]} x {shape[0]}, "
-                                 f"then {rgb.shape[1]} x {rgb.shape[0]}")
-            pixels[frames == frame] = rgb
-    return types.Frames(pixels=pixels, seconds=seconds, width=shape[1], height=shape[0], duration=duration,
+        pixels, (height, width) = _pixels(reader, contents, frames, size)
+    return types.Frames(pixels=pixels, seconds=seconds, width=width, height=height, duration=duration,
                         fps=contents.fps)
+
+
+def _pixels(reader: video_file.Reader, contents: video_file.VideoIndex, frames: np.ndarray,
+            size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """Returns uint8[N, rows, columns, 3] of frames, and the source's (height, width)."""
+    pixels, shape = None, None
+    for frame, decoded in _wanted(reader, contents, np.unique(frames).tolist()):
+        rgb = _upright_rgb(decoded)
+        shape = shape or rgb.shape
+        if size is not None:
+            rgb = image.resize(rgb, *size)
+        if pixels is None:
+            pixels = np.empty((len(frames), *rgb.shape), np.uint8)
+        if rgb.shape != pixels.shape[1:]:
+            raise MediaError(f"{reader.path}: all frames must have one size; got {shape[1]} x {shape[0]}, "
+                             f"then {rgb.shape[1]} x {rgb.shape[0]}")
+        pixels[frames == frame] = rgb
+    return pixels, shape[:2]
 
 
 def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
     """Returns uint8[H, W, 3], turned counterclockwise by what the rotation flag says, in quarter turns."""
     if not hasattr(_converters, "rgb"):
         _converters.rgb = VideoReformatter()
-    rgb = _converters.rgb.reformat(frame, format="rgb24").to_ndarray()
+    rgb = _converters.rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
     turns = round(frame.rotation / 90) % 4
     return np.rot90(rgb, turns) if turns else rgb

@@ -11,6 +11,7 @@ from av.stream import Disposition
 
 from molmo2_jax.inputs import image
 from molmo2_jax.inputs import video
+from molmo2_jax.inputs import video_file
 
 GOLDENS = json.loads((pathlib.Path(__file__).parents[1] / "goldens/frame_sampling/cases.json").read_text())
 MATCH = 1e-9   # seconds; times of the goldens are printed in full
@@ -67,8 +68,8 @@ def index_of(seconds, end):
     """Returns an index made of presentation times alone, as frames_at needs it."""
     seconds = np.array(seconds, np.float64)
     places = np.arange(len(seconds))
-    return video.VideoIndex(seconds=seconds, ticks=places, packets=places, start=places, begin=seconds[0],
-                            end=end, width=64, height=32, fps=1.0)
+    return video_file.VideoIndex(seconds=seconds, ticks=places, packets=places, start=places,
+                                 begin=seconds[0], end=end, width=64, height=32, fps=1.0)
 
 
 # Times
@@ -213,7 +214,7 @@ def test_packets_between_keyframes_are_left_out_of_decoding(film, monkeypatch):
 
 def test_files_too_large_to_hold_are_read_again_with_the_same_result(film, monkeypatch):
     expected = video.read(film, max_frames=16)
-    monkeypatch.setattr(video, "HELD_BYTES", 1000)
+    monkeypatch.setattr(video_file, "HELD_BYTES", 1000)
     frames = video.read(film, max_frames=16)
     np.testing.assert_array_equal(frames.pixels, expected.pixels)
 

@@ -1,0 +1,219 @@
+"""A video file: the index of its frames, made from its packets alone, and its packets, from any place.
+
+N frames. Ticks are the stream's own integer time units; places count packets in the file's order.
+"""
+
+import contextlib
+import dataclasses
+import fractions
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import av
+import numpy as np
+from av.stream import Disposition
+
+from molmo2_jax.inputs import image
+
+MediaError = image.MediaError
+MAX_FRAME_PIXELS = 2**26       # decoders refuse larger frames; 8K video has half of it
+HELD_BYTES = 16 * 2**20        # smaller files keep their packets in memory between the two passes
+SEEK_PACKETS = 32              # from so many unneeded packets on, a seek is cheaper than reading over them
+FALLBACK_FPS = fractions.Fraction(25)  # of a single frame that states neither duration nor rate
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoIndex:
+    """Every frame of a video in presentation order, known without decoding.
+
+    `start` is the packet from which decoding must begin so that the frame comes out whole. Width and height
+    are as coded, before a rotation flag is applied. Where packets do not carry the time of their frame
+    the stream is not `timed`, and the n-th frame that leaves the decoder is frame n.
+    """
+    seconds: np.ndarray    # float64[N], ascending
+    ticks: np.ndarray      # int64[N]
+    packets: np.ndarray    # int64[N], place in the file's order
+    start: np.ndarray      # int64[N], place in the file's order
+    begin: float           # seconds
+    end: float             # seconds, of the last frame's display
+    width: int
+    height: int
+    fps: float             # average
+    timed: bool = True
+
+    @property
+    def duration(self) -> float:
+        return self.end - self.begin
+
+
+class Reader:
+    """An open file. Whatever FFmpeg finds wrong with it leaves as a MediaError naming the file."""
+
+    def __init__(self, path, max_seconds: float = math.inf):
+        self.path = path
+        self._late = time.monotonic() + max_seconds
+        self._error = too_slow(path, max_seconds)
+        self._held: list[av.Packet] | None = None
+        self._marks = np.zeros((0, 3), np.int64)  # of each packet: place in bytes, ticks, size
+        self._is_seekable = True
+
+    def __enter__(self) -> "Reader":
+        if not os.path.isfile(self.path):
+            raise MediaError(f"{self.path}: there is no such file")
+        if not os.path.getsize(self.path):
+            raise MediaError(f"{self.path}: is empty")
+        self._open()
+        return self
+
+    def _open(self):
+        try:
+            self._container = av.open(os.fspath(self.path), metadata_errors="replace")
+        except (av.FFmpegError, ValueError, OSError) as error:
+            raise MediaError(f"{self.path}: cannot be opened as a video: {_reason(error)}") from error
+        try:
+            self._open_stream()
+        except Exception:
+            self._container.close()
+            raise
+
+    def _open_stream(self):
+        streams = [stream for stream in self._container.streams.video
+                   if not stream.disposition & Disposition.attached_pic]
+        if not streams:
+            raise MediaError(f"{self.path}: has no video stream")
+        self.stream, self.codec = streams[0], streams[0].codec_context
+        if self.codec is None:
+            raise MediaError(f"{self.path}: its video codec is unknown")
+        self.codec.thread_count = 1
+        self.codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+        try:  # before skip_frame is ever set: some decoders read it only here
+            self.codec.open(strict=False)
+        except av.FFmpegError as error:
+            raise MediaError(f"{self.path}: cannot be decoded: {_reason(error)}") from error
+        self._source, self._next = self._demux(), 0
+
+    def __exit__(self, kind, error, trace):
+        self._held = None
+        self._container.close()
+        if isinstance(error, av.FFmpegError):
+            raise MediaError(f"{self.path}: cannot be decoded: {_reason(error)}") from error
+
+    def check_time(self) -> None:
+        if time.monotonic() > self._late:
+            raise self._error
+
+    def _demux(self) -> Iterator[av.Packet]:
+        try:
+            for packet in self._container.demux(self.stream):
+                self.check_time()
+                if packet.size:
+                    yield packet
+        except IndexError as error:  # PyAV's, when a damaged file brings up streams it had not announced
+            raise MediaError(f"{self.path}: cannot be decoded: its streams change") from error
+
+    def index(self) -> VideoIndex:
+        """Returns the index; reads all packets, and keeps those of a small file."""
+        rows, marks, held, size = [], [], [], 0
+        for packet in self._source:
+            pts, duration = packet.pts, packet.duration
+            rows.append((pts, duration, packet.is_keyframe, packet.is_discard))
+            marks.append((packet.pos, pts, packet.size))
+            size += packet.size
+            if size <= HELD_BYTES:
+                held.append(packet)
+        self._held, self._next = (held if size <= HELD_BYTES else None), len(rows)
+        try:
+            contents = _index_of(rows, self.stream)
+        except ValueError as error:
+            raise MediaError(f"{self.path}: {error}") from None
+        self._is_seekable = contents.timed and not any(mark[0] is None for mark in marks)
+        if self._is_seekable:
+            self._marks = np.array(marks, np.int64)
+        return contents
+
+    def between(self, first: int, last: int) -> Iterator[tuple[int, av.Packet]]:
+        """Yields (place, packet) from one place in the file's order to another, both included."""
+        if self._held is not None:
+            yield from enumerate(self._held[first:last + 1], first)
+            return
+        if not self._next <= first < self._next + SEEK_PACKETS:
+            self._go_to(first)
+        for packet in self._source:
+            place, self._next = self._next, self._next + 1
+            if place >= first:
+                yield place, packet
+            if place >= last:
+                return
+
+    def _go_to(self, first: int) -> None:
+        """Makes the packet at place `first`, or one before it, the next to be read."""
+        if first and self._is_seekable:
+            with contextlib.suppress(av.FFmpegError, StopIteration):
+                self._container.seek(int(self._marks[first, 1]), stream=self.stream)
+                self._source = self._demux()
+                packet = next(self._source)
+                marks = self._marks == (-1 if packet.pos is None else packet.pos, packet.pts, packet.size)
+                places = np.flatnonzero(marks.all(axis=1))
+                if len(places) == 1 and places[0] <= first:
+                    self._source = itertools.chain((packet,), self._source)
+                    self._next = int(places[0])
+                    return
+            self._is_seekable = False  # a container that lands elsewhere does so again
+            self._next = math.inf
+        if first < self._next:
+            self._container.close()
+            self._open()
+
+
+def too_slow(path, max_seconds: float) -> MediaError:
+    """Returns the error of a file that takes too long to read."""
+    return MediaError(f"{path}: must be read within {max_seconds:g} seconds (max_read_seconds)")
+
+
+def _reason(error) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
+
+
+def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
+    """Returns the index of packets (ticks, duration in ticks, is keyframe, is never shown) in file order."""
+    rate, unit = stream.average_rate or stream.guessed_rate, stream.time_base
+    packets = np.array([place for place, row in enumerate(rows) if not row[3]], np.int64)
+    if not len(packets):
+        raise ValueError("has a video stream without frames")
+    if unit is None or any(row[0] is None for row in rows):  # elementary streams
+        ticks, unit, timed, last = np.arange(len(packets)), 1 / (rate or FALLBACK_FPS), False, 1
+    else:
+        ticks, first = np.unique([rows[place][0] for place in packets], return_index=True)
+        packets = packets[first]
+        last = rows[packets[-1]][1] or 0
+        # AVI stores the order of decoding only; FFmpeg's guess at the order of display can be wrong.
+        timed = stream.container.format.name != "avi" or not stream.codec_context.has_b_frames
+    keys = [place for place, row in enumerate(rows) if row[2]] if timed else []
+    seconds = ticks.astype(np.float64) * unit.numerator / unit.denominator
+    begin, end = float(seconds[0]), float((ticks[-1] + last) * unit) if last > 0 else float(
+        seconds[-1] + float(1 / (rate or FALLBACK_FPS)))
+    if not begin < end:
+        raise ValueError(f"has impossible time stamps: {begin} .. {end} seconds")
+    stated, counted = float(rate or 0), len(ticks) / (end - begin)
+    return VideoIndex(
+        seconds=seconds, ticks=ticks, packets=packets, timed=timed, begin=begin, end=end,
+        start=_starts(ticks, packets, np.array(keys, np.int64), [rows[place][0] for place in keys]),
+        width=stream.codec_context.width, height=stream.codec_context.height,
+        fps=stated if abs(stated - counted) <= 0.01 * counted else counted)
+
+
+def _starts(ticks, packets, keys, key_ticks) -> np.ndarray:
+    """Returns int64[N]: for each frame the last keyframe neither shown nor stored after it, else packet 0.
+
+    A frame stored behind a keyframe but shown before it leans on what came before that keyframe.
+    """
+    start = np.zeros(len(ticks), np.int64)
+    candidate = np.searchsorted(keys, packets, side="right") - 1
+    for frame, key in enumerate(candidate):
+        while key >= 0 and key_ticks[key] > ticks[frame]:
+            key -= 1
+        start[frame] = keys[key] if key >= 0 else 0
+    return start
