@@ -6,6 +6,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -70,6 +71,28 @@ def of_parameters(boxed, mesh: Mesh):
         names = tuple(names) + (None,) * (len(value.shape) - len(names))
         return NamedSharding(mesh, _spec(names, value.shape, mesh))
     return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+class AttentionAxes(NamedTuple):
+    """Mesh axes that divide attention, none where one does not divide its dimension; and into how many."""
+    rows: tuple[str, ...]
+    heads: str | None
+    length: str | None
+    num_row_parts: int
+    num_length_parts: int
+
+
+def attention_axes(rows: int, kv_heads: int, length: int) -> AttentionAxes | None:
+    """Returns how the mesh in use divides attention; None for one device, and inside a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return None
+    axis = lambda name, size: name if mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None
+    groups = math.prod(mesh.shape[name] for name in BATCH_AXES)
+    row_axes = BATCH_AXES if rows % groups == 0 else ()
+    length_axis = axis("context", length)
+    return AttentionAxes(row_axes, axis(PARAMETER_RULES["kv_heads"], kv_heads), length_axis,
+                         groups if row_axes else 1, mesh.shape[length_axis] if length_axis else 1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,40 +1,166 @@
 """Grouped-query attention under a message-tree mask; one signature, several executions.
 
 B batch, T query positions, S key positions, N query heads, K key heads, G query heads per key head
-(N = K*G; query head n uses key head n // G), H head width; Q answers that share a prompt.
+(N = K*G; query head n uses key head n // G), H head width.
+
+On a mesh, rows and heads are divided without communication; where the length is divided, every device reads
+the keys and values of its whole rows and attends for its own stretch of queries.
 """
+
+import dataclasses
+import functools
+import logging
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from molmo2_jax import sharding
 from molmo2_jax.attention import blocked
+from molmo2_jax.attention import pallas_tpu
+from molmo2_jax.attention import tiling as tiling_lib
 from molmo2_jax.attention import tree_mask
 
-IMPLEMENTATIONS = ("dense", "blocked")
 TILE = 64  # positions per side of a tile of the blocked path
+INTERPRETED = "pallas_tpu_interpret"  # the kernel's program run by XLA on any device, slowly: for tests
+IMPLEMENTATIONS = ("dense", "blocked", "pallas_tpu", INTERPRETED)
+DEFAULTS = {"tpu": "pallas_tpu"}  # by platform; blocked elsewhere
+_EXECUTE = {"blocked": blocked.attend, "pallas_tpu": pallas_tpu.attend, INTERPRETED: pallas_tpu.attend}
 
 
-def attend(q_BTNH, k_BTKH, v_BTKH, mask: tree_mask.TreeMask, implementation: str | None = None):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("mask", "work"),
+                   meta_fields=("implementation", "tiling", "axes"))
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How attention under one mask is carried out: made once per step, shared by all layers."""
+    mask: tree_mask.TreeMask
+    work: tiling_lib.Work | None
+    implementation: str
+    tiling: tiling_lib.Tiling | None
+    axes: sharding.AttentionAxes | None
+
+
+def platform() -> str:
+    """Returns "cpu", "tpu" or "gpu": that of the mesh in use, which may be one to compile for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+@functools.cache
+def _say_once(implementation: str, platform: str) -> None:
+    logging.getLogger(__name__).info("attention: %s on %s", implementation, platform)
+
+
+def _check(implementation: str | None) -> None:
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}")
+    if implementation == "pallas_tpu" and platform() != "tpu":
+        raise ValueError(f"implementation 'pallas_tpu' needs a TPU; got {platform()!r} "
+                         f"({INTERPRETED!r} runs it anywhere, slowly)")
+
+
+def _tiling(implementation: str, rows: int, num_queries: int, num_keys: int, num_groups: int, head_dim: int):
+    """Returns the tiling for the part of attention that one device does."""
+    if implementation == "pallas_tpu":
+        return pallas_tpu.choose_tiling(rows, num_queries, num_keys, num_groups, head_dim)
+    return tiling_lib.Tiling(query_tile=TILE, key_tile=TILE, ring=tree_mask.MAX_TILES,
+                             interpret=implementation == INTERPRETED)
+
+
+def plan(mask: tree_mask.TreeMask, num_heads: int, num_kv_heads: int, head_dim: int,
+         implementation: str | None = None) -> Plan:
+    """Returns the plan of self-attention under `mask`, for the devices of the mesh in use.
+
+    Args:
+      implementation: "dense" materialises the mask (tests), "blocked" visits the tiles that the mask touches,
+        "pallas_tpu" does so in a kernel. None picks the kernel on TPU, else "blocked".
+
+    Raises:
+      ValueError: unknown implementation, or one that cannot do this.
+    """
+    _check(implementation)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of key heads; got {num_heads} and {num_kv_heads}")
+    implementation = implementation or DEFAULTS.get(platform(), "blocked")
+    _say_once(implementation, platform())
+    if implementation == "dense":
+        return Plan(mask, None, implementation, None, None)
+    rows, length = mask.end.shape
+    axes = sharding.attention_axes(rows, num_kv_heads, length)
+    parts = (1, 1) if axes is None else (axes.num_row_parts, axes.num_length_parts)
+    tiling = _tiling(implementation, rows // parts[0], length // parts[1], length, num_heads // num_kv_heads,
+                     head_dim)
+    if axes is None:
+        work = tiling_lib.prepare(mask, tree_mask.all_queries(mask), tiling)
+    else:
+        whole, own = PartitionSpec(axes.rows), PartitionSpec(axes.rows, axes.length)
+        prepare = jax.shard_map(functools.partial(_prepare_part, axes, tiling), in_specs=(whole, whole, own),
+                                out_specs=_work_spec(axes), check_vma=False)
+        work = prepare(*mask, mask.group)
+    return Plan(mask, work, implementation, tiling, axes)
+
+
+def _work_spec(axes: sharding.AttentionAxes) -> PartitionSpec:
+    """Returns how all arrays of a Work lie: one piece for each part of rows and length."""
+    return PartitionSpec((*axes.rows, *([axes.length] if axes.length else [])))
+
+
+def _prepare_part(axes, tiling, end_BS, group_BS, own_group_BT):
+    """Returns the Work of one device: its stretch of queries over all keys of its rows."""
+    rows, length = own_group_BT.shape
+    part = jax.lax.axis_index(axes.length) if axes.length else 0
+    queries = tree_mask.Queries(jnp.full(rows, part * length, jnp.int32), own_group_BT)
+    return tiling_lib.prepare(tree_mask.TreeMask(end_BS, group_BS), queries, tiling)
+
+
+def attend(q_BTNH, k_BTKH, v_BTKH, mask: tree_mask.TreeMask | Plan, implementation: str | None = None):
     """Returns [B, T, N, H]: softmax(q k / sqrt(H)) v where `mask` allows; softmax in float32.
 
     Args:
-      implementation: "dense" materialises the mask (tests), "blocked" visits the tiles that the mask
-        touches. None picks "blocked".
+      mask: a mask, or the plan made of one; a plan has chosen the implementation.
 
     Raises:
-      ValueError: unknown implementation.
+      ValueError: see `plan`; the shapes or types disagree.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}")
+    _check(implementation)
+    _check_operands(q_BTNH, k_BTKH, v_BTKH)
     with jax.named_scope("tree_attention"):
-        if implementation == "dense":
-            return attend_visible(q_BTNH, k_BTKH, v_BTKH, tree_mask.dense(mask))
-        length = q_BTNH.shape[1]
-        padded = -(-length // TILE) * TILE
-        widen = lambda x: jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
-        q = widen(q_BTNH * q_BTNH.shape[-1] ** -0.5)
-        out = blocked.attend(q, widen(k_BTKH), widen(v_BTKH), tree_mask.pad(mask, padded), TILE)
-        return out[:, :length]
+        if not isinstance(mask, Plan):
+            mask = plan(mask, q_BTNH.shape[2], k_BTKH.shape[2], q_BTNH.shape[3], implementation)
+        if mask.implementation == "dense":
+            return attend_visible(q_BTNH, k_BTKH, v_BTKH, tree_mask.dense(mask.mask))
+        execute = functools.partial(_EXECUTE[mask.implementation], tiling=mask.tiling)
+        if mask.axes is None:
+            return execute(q_BTNH, k_BTKH, v_BTKH, mask.work)
+        return _attend_in_parts(execute, mask.axes, q_BTNH, k_BTKH, v_BTKH, mask.work)
+
+
+def _check_operands(q_BTNH, k_BTKH, v_BTKH) -> None:
+    B, T, _, H = q_BTNH.shape
+    if k_BTKH.shape != v_BTKH.shape or k_BTKH.shape[:2] + k_BTKH.shape[3:] != (B, T, H):
+        raise ValueError("queries, keys and values must have the same rows, positions and head width; got "
+                         f"{q_BTNH.shape}, {k_BTKH.shape} and {v_BTKH.shape}")
+    if {x.dtype for x in (q_BTNH, k_BTKH, v_BTKH)} not in ({jnp.dtype("float32")}, {jnp.dtype("bfloat16")}):
+        raise ValueError("queries, keys and values must all be float32 or all bfloat16; got "
+                         f"{q_BTNH.dtype}, {k_BTKH.dtype} and {v_BTKH.dtype}")
+
+
+def _attend_in_parts(execute, axes, q_BTNH, k_BTKH, v_BTKH, work):
+    """Returns [B, T, N, H], divided over the mesh like the queries."""
+    def part(q, k, v, work):
+        if axes.length:
+            k, v = (jax.lax.all_gather(x, axes.length, axis=1, tiled=True) for x in (k, v))
+        return execute(q, k, v, work)
+
+    spec = PartitionSpec(axes.rows, axes.length, axes.heads)
+    return jax.shard_map(part, in_specs=(spec, spec, spec, _work_spec(axes)), out_specs=spec,
+                         check_vma=False)(q_BTNH, k_BTKH, v_BTKH, work)
+
+
+def attend_visible(q_BTNH, k_BSKH, v_BSKH, visible_BTS):
+    """Returns [B, T, N, H] under an explicit mask bool[B, T, S]."""
+    p_BKGTS = jax.nn.softmax(_scores(q_BTNH, k_BSKH, visible_BTS), axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH).reshape(q_BTNH.shape)
 
 
 def _scores(q_BTNH, k_BSKH, visible_BTS):
@@ -44,33 +170,3 @@ def _scores(q_BTNH, k_BSKH, visible_BTS):
     q_BTKGH = (q_BTNH * H ** -0.5).reshape(B, T, K, N // K, H)
     s_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
     return jnp.where(visible_BTS[:, None, None], s_BKGTS, blocked.MASKED)
-
-
-def attend_visible(q_BTNH, k_BSKH, v_BSKH, visible_BTS):
-    """Returns [B, T, N, H] under an explicit mask bool[B, T, S]."""
-    p_BKGTS = jax.nn.softmax(_scores(q_BTNH, k_BSKH, visible_BTS), axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", p_BKGTS, v_BSKH).reshape(q_BTNH.shape)
-
-
-def attend_answers(q_BQNH, prompt_k_BTKH, prompt_v_BTKH, seen_BQT, own_k_BQSKH, own_v_BQSKH, slot):
-    """Returns [B, Q, N, H]: one token of each of Q answers over one shared prompt and its own answer.
-
-    Args:
-      seen_BQT: bool, what each answer sees of the prompt.
-      own_k_BQSKH, own_v_BQSKH: of each answer; slots 0 ... `slot` are seen.
-    """
-    B, Q, N, H = q_BQNH.shape
-    S = own_k_BQSKH.shape[2]
-    dtype = q_BQNH.dtype
-
-    def alone(x):  # answers become rows of their own
-        return x.astype(dtype).reshape(B * Q, *x.shape[2:])
-
-    s_prompt = _scores(q_BQNH, prompt_k_BTKH.astype(dtype), seen_BQT)                      # [B, K, G, Q, T]
-    s_own = _scores(alone(q_BQNH)[:, None], alone(own_k_BQSKH), (jnp.arange(S) <= slot)[None, None])
-    s_own = jnp.moveaxis(s_own.reshape(B, Q, *s_prompt.shape[1:3], S), 1, 3)               # [B, K, G, Q, S]
-    p = jax.nn.softmax(jnp.concatenate([s_prompt, s_own], -1), axis=-1).astype(dtype)
-    p_prompt, p_own = jnp.split(p, [seen_BQT.shape[-1]], axis=-1)
-    out = jnp.einsum("BKGQT,BTKH->BQKGH", p_prompt, prompt_v_BTKH.astype(dtype))
-    out = out + jnp.einsum("BKGQS,BQSKH->BQKGH", p_own, own_v_BQSKH.astype(dtype))
-    return out.reshape(B, Q, N, H)

@@ -2,26 +2,27 @@
 
 Memory grows with S, work with the number of visible tiles. The default on CPU and the fallback elsewhere.
 
-B batch, S positions, K key heads, G query heads per key head, H head width, Q query tiles, t tile length,
-g = G*t rows of one query tile (all heads that share a key head at once).
+B batch, T queries and S keys (whole tiles), K key heads, G query heads per key head, H head width, Q query
+tiles, t tile length, g = G*t rows of one query tile (all heads that share a key head at once).
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+from molmo2_jax.attention import tiling as tiling_lib
 from molmo2_jax.attention import tree_mask
 
 MASKED = -1e30  # finite: a fully masked first tile is later multiplied by exp(MASKED - m) = 0
 
 
-def _split_queries(x_BSNH, heads: int, tile: int):
+def _split_queries(x_BTNH, heads: int, tile: int):
     """Returns [B, Q, K, g, H]."""
-    B, S, N, H = x_BSNH.shape
-    x = x_BSNH.reshape(B, S // tile, tile, heads, N // heads, H).transpose(0, 1, 3, 4, 2, 5)
-    return x.reshape(B, S // tile, heads, N // heads * tile, H)
+    B, T, N, H = x_BTNH.shape
+    x = x_BTNH.reshape(B, T // tile, tile, heads, N // heads, H).transpose(0, 1, 3, 4, 2, 5)
+    return x.reshape(B, T // tile, heads, N // heads * tile, H)
 
 
 def _join_queries(x_BQKgH, tile: int):
@@ -41,42 +42,50 @@ def _join_keys(x_BQKtH):
     return x_BQKtH.transpose(0, 1, 3, 2, 4).reshape(B, Q * t, K, H)
 
 
-def _tiles(mask, tile):
-    """Returns the work list and a function (batch, query tile, key tile) -> bool[t, t]."""
-    words, count = tree_mask.work_list(tree_mask.tile_classes(mask, tile, tile))
-    end, group = (x.reshape(x.shape[0], -1, tile) for x in mask)
-    offset = jnp.arange(tile)
+def _tiles(work, tiling):
+    """Returns a function (batch, query tile, key tile) -> bool[t, t]: who sees whom in a tile."""
+    batch = work.keys.shape[0]
+    end, key_group = (x.reshape(batch, -1, tiling.key_tile) for x in (work.keys[:, 0], work.keys[:, 1]))
+    query_group = work.query_group.reshape(batch, -1, tiling.query_tile)
 
     def visible(b, q, k):
-        i, j = q * tile + offset[:, None], k * tile + offset[None, :]
+        i = work.first[b] + q * tiling.query_tile + jnp.arange(tiling.query_tile)[:, None]
+        j = k * tiling.key_tile + jnp.arange(tiling.key_tile)[None, :]
         causal = (j <= i) & (i < end[b, k][None])
-        return causal | ((group[b, q][:, None] == group[b, k][None]) & (group[b, k][None] >= 0))
+        return causal | (query_group[b, q][:, None] == key_group[b, k][None])
 
-    return words, count, visible
+    return visible
 
 
 def _scores(q_KgH, k_KtH, visible_tt):
     """Returns float32[K, g, t] scores; `visible` repeats over the G heads inside g."""
     s = jnp.einsum("KgH,KtH->Kgt", q_KgH, k_KtH, preferred_element_type=jnp.float32)
     K, g, t = s.shape
-    s = jnp.where(visible_tt[None, None], s.reshape(K, g // t, t, t), MASKED)
+    s = jnp.where(visible_tt[None, None], s.reshape(K, -1, *visible_tt.shape), MASKED)
     return s.reshape(K, g, t)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def attend(q_BSNH, k_BSKH, v_BSKH, mask: tree_mask.TreeMask, tile: int):
-    """Softmax attention under `mask`; q is already scaled. S must be a multiple of `tile`."""
-    return _forward(q_BSNH, k_BSKH, v_BSKH, mask, tile)[0]
+def attend(q_BTNH, k_BSKH, v_BSKH, work: tiling_lib.Work, tiling: tiling_lib.Tiling):
+    """Returns [B, T, N, H]: softmax attention where the mask of `work` allows, in the dtype of q."""
+    length, num_keys = q_BTNH.shape[1], work.keys.shape[-1]
+    widen = lambda x, length: jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)))
+    q = widen(q_BTNH * q_BTNH.shape[-1] ** -0.5, work.query_group.shape[-1])
+    return _attend(tiling, q, widen(k_BSKH, num_keys), widen(v_BSKH, num_keys), work)[:, :length]
 
 
-def _forward(q_BSNH, k_BSKH, v_BSKH, mask, tile):
-    words, count, visible = _tiles(mask, tile)
-    q = _split_queries(q_BSNH, k_BSKH.shape[2], tile)
-    k, v = _split_keys(k_BSKH, tile), _split_keys(v_BSKH, tile)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(tiling, q_BTNH, k_BSKH, v_BSKH, work):
+    return _forward(tiling, q_BTNH, k_BSKH, v_BSKH, work)[0]
+
+
+def _forward(tiling, q_BTNH, k_BSKH, v_BSKH, work):
+    visible = _tiles(work, tiling)
+    q = _split_queries(q_BTNH, k_BSKH.shape[2], tiling.query_tile)
+    k, v = _split_keys(k_BSKH, tiling.key_tile), _split_keys(v_BSKH, tiling.key_tile)
 
     def step(n, carry):
         m, l, acc = carry
-        b, i, j, _ = tree_mask.unpack(words[n])
+        b, i, j, _ = tree_mask.unpack(work.words[n])
         s = _scores(q[b, i], k[b, j], visible(b, i, j))
         m_new = jnp.maximum(m[b, i], s.max(-1))
         p = jnp.exp(s - m_new[..., None])
@@ -86,23 +95,25 @@ def _forward(q_BSNH, k_BSKH, v_BSKH, mask, tile):
                 acc.at[b, i].set(decay[..., None] * acc[b, i] + pv))
 
     zeros = jnp.zeros(q.shape[:-1], jnp.float32)
-    m, l, acc = jax.lax.fori_loop(0, count, step, (zeros + MASKED, zeros, jnp.zeros(q.shape, jnp.float32)))
-    out = acc / l[..., None]
-    joined = _join_queries(out, tile).astype(q_BSNH.dtype)
-    return joined, (q_BSNH, k_BSKH, v_BSKH, mask, out, m + jnp.log(l))
+    start = (zeros + MASKED, zeros, jnp.zeros(q.shape, jnp.float32))
+    m, l, acc = jax.lax.fori_loop(0, work.count[0], step, start)
+    out = checkpoint_name(acc / l[..., None], tiling_lib.OUT)
+    log_sum = checkpoint_name(m + jnp.log(l), tiling_lib.LOG_SUM)
+    joined = _join_queries(out, tiling.query_tile).astype(q_BTNH.dtype)
+    return joined, (q_BTNH, k_BSKH, v_BSKH, work, out, log_sum)
 
 
-def _backward(tile, residuals, grad_BSNH):
-    q_BSNH, k_BSKH, v_BSKH, mask, out, log_sum = residuals
-    words, count, visible = _tiles(mask, tile)
+def _backward(tiling, residuals, grad_BTNH):
+    q_BTNH, k_BSKH, v_BSKH, work, out, log_sum = residuals
+    visible = _tiles(work, tiling)
     heads = k_BSKH.shape[2]
-    q, do = _split_queries(q_BSNH, heads, tile), _split_queries(grad_BSNH, heads, tile)
-    k, v = _split_keys(k_BSKH, tile), _split_keys(v_BSKH, tile)
+    q, do = (_split_queries(x, heads, tiling.query_tile) for x in (q_BTNH, grad_BTNH))
+    k, v = _split_keys(k_BSKH, tiling.key_tile), _split_keys(v_BSKH, tiling.key_tile)
     delta = (out * do).sum(-1)
 
     def step(n, carry):
         dq, dk, dv = carry
-        b, i, j, _ = tree_mask.unpack(words[n])
+        b, i, j, _ = tree_mask.unpack(work.words[n])
         s = _scores(q[b, i], k[b, j], visible(b, i, j))
         p = jnp.exp(s - log_sum[b, i][..., None])
         dp = jnp.einsum("KgH,KtH->Kgt", do[b, i], v[b, j], preferred_element_type=jnp.float32)
@@ -114,10 +125,9 @@ def _backward(tile, residuals, grad_BSNH):
         return dq.at[b, i].add(add_q), dk.at[b, j].add(add_k), dv.at[b, j].add(add_v)
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = jax.lax.fori_loop(0, count, step, start)
-    no_gradient = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), mask)
-    return (_join_queries(dq, tile).astype(q_BSNH.dtype), _join_keys(dk).astype(k_BSKH.dtype),
-            _join_keys(dv).astype(v_BSKH.dtype), no_gradient)
+    dq, dk, dv = jax.lax.fori_loop(0, work.count[0], step, start)
+    return (_join_queries(dq, tiling.query_tile).astype(q_BTNH.dtype), _join_keys(dk).astype(k_BSKH.dtype),
+            _join_keys(dv).astype(v_BSKH.dtype), tiling_lib.no_gradient(work))
 
 
-attend.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)

@@ -145,6 +145,9 @@ class Decoder(nn.Module):
             self, "layers", Block(c, self.dtype, "dense", parent=None), c.num_layers, dot, angle, angle,
             alone)
 
+        if memory is None:
+            mask = attend.plan(mask, c.num_heads, c.num_kv_heads, c.head_dim, self.implementation)
+
         def run(x, params, variant, *rest):
             return block.apply({"params": params}, x, cos_VBTh[variant], sin_VBTh[variant], mask, *rest)
 

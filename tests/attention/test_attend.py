@@ -7,6 +7,7 @@ import pytest
 
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import blocked
+from molmo2_jax.attention import tiling
 from molmo2_jax.attention import tree_mask
 from tests import packs
 
@@ -21,7 +22,8 @@ def dense(q, k, v, mask):
 
 
 def tiled(q, k, v, mask, tile):
-    return blocked.attend(q * H ** -0.5, k, v, mask, tile)
+    how = tiling.Tiling(query_tile=tile, key_tile=tile, ring=tree_mask.MAX_TILES)
+    return blocked.attend(q, k, v, tiling.prepare(mask, tree_mask.all_queries(mask), how), how)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "tile"), [(4, 2, 8), (3, 3, 32), (6, 1, 16)])

@@ -71,11 +71,11 @@ def test_a_work_list_names_each_needed_tile_once_query_by_query():
 
 
 def test_a_work_list_holds_its_largest_tile():
-    word = (63 << 26) | (4095 << 14) | (4095 << 2) | 3
+    word = (63 << 26) | (2047 << 15) | (2047 << 4) | 3
     unpacked = tree_mask.unpack(np.array([word], np.uint32).view(np.int32)[0])
-    assert tuple(int(x) for x in unpacked) == (63, 4095, 4095, 3)
+    assert tuple(int(x) for x in unpacked) == (63, 2047, 2047, 3)
 
 
 def test_more_rows_than_a_word_can_name_are_refused():
-    with pytest.raises(ValueError, match="64 rows and 4096 tiles.*65 rows"):
+    with pytest.raises(ValueError, match="64 rows and 2048 tiles.*65 rows"):
         tree_mask.work_list(np.zeros((65, 1, 1), np.int32))

@@ -1,0 +1,342 @@
+"""The kernels of pallas_tpu: forward; gradients in one fused pass, or of queries and of keys in two.
+
+The grid is (key heads, words of the work list). One step computes one tile for all query heads of a key head.
+
+B rows, K key heads, G query heads per key head, T queries, S keys, H head width; q, k lengths of a query and
+of a key tile, g = G*q.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from molmo2_jax.attention import tiling as tiling_lib
+from molmo2_jax.attention import tree_mask
+
+LANES = 128
+MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite: inf - inf would be NaN
+LN_2 = math.log(2)
+EXPECTED_SHARE = 0.25  # of all pairs is visible in packed rows; tells the scheduler how long a call takes
+KINDS = (tree_mask.FULL, tree_mask.INTERVAL, tree_mask.VISUAL)
+
+
+def _dot(a, b, contract):
+    """Returns a product in float32; `contract` has the axis of each side that is summed."""
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=exact,
+                           preferred_element_type=jnp.float32)
+
+
+def _widen(x_R128, width):
+    """Returns [R, width] from [R, 128] in which all lanes are equal."""
+    if width <= LANES:
+        return x_R128[:, :width]
+    return jnp.tile(x_R128, (1, width // LANES)) if width % LANES == 0 else x_R128[:, :1]
+
+
+def _down(row_1n):
+    """Returns [n, 128]: a row turned into a column, the same in all lanes."""
+    return jnp.broadcast_to(row_1n, (LANES, row_1n.shape[1])).T
+
+
+def _borders(words, n):
+    """Returns whether word n is the first, and the last, of its row of tiles."""
+    end = pl.num_programs(1) - 1
+    before, after = words[jnp.maximum(n - 1, 0)], words[jnp.minimum(n + 1, end)]
+    return ((n == 0) | ~tree_mask.same_row(words[n], before),
+            (n == end) | ~tree_mask.same_row(words[n], after))
+
+
+def _for_each_kind(word, compute):
+    """Calls compute(kind) for the class of the word: three programs, so a full tile pays for no mask."""
+    for kind in KINDS:
+        pl.when((word & 3) == kind)(functools.partial(compute, kind))
+
+
+class _Call:
+    """Blocks and limits that all kernels share. `key_major`: rows of the list are key tiles."""
+
+    def __init__(self, q, k, work, tiling, key_major=False):
+        self.B, self.K, self.G, self.T, self.H = q.shape
+        self.S, self.tiling = k.shape[2], tiling
+        self.words, self.count = ((work.key_words, work.key_count) if key_major
+                                  else (work.words, work.count))
+        self.first, self.masks = work.first, (work.query_group, work.keys)
+        query, key = tree_mask.row_of, tree_mask.column_of
+        if key_major:
+            query, key = key, query
+
+        def block(shape, place):
+            return pl.BlockSpec(shape, lambda h, n, words, first: place(h, words[n]))
+
+        G, H, q_tile, k_tile = self.G, self.H, tiling.query_tile, tiling.key_tile
+        batch = tree_mask.batch_of
+        self.query = block((None, None, G, q_tile, H), lambda h, w: (batch(w), h, 0, query(w), 0))
+        self.per_query = block((None, None, G, q_tile), lambda h, w: (batch(w), h, 0, query(w)))
+        self.key = block((None, None, k_tile, H), lambda h, w: (batch(w), h, key(w), 0))
+        self.mask_specs = [block((None, 1, q_tile), lambda h, w: (batch(w), 0, query(w))),
+                           block((None, 2, k_tile), lambda h, w: (batch(w), 0, key(w)))]
+
+    def __call__(self, name, kernel, operands, in_specs, out_shapes, out_specs, scratch, products):
+        """Runs a kernel; `products` counts its matrix products per tile."""
+        pairs = int(EXPECTED_SHARE * self.B * self.K * self.G * self.T * self.S)
+        size = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *out_shapes))
+        return pl.pallas_call(
+            functools.partial(kernel, tiling=self.tiling),
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=2, grid=(self.K, self.count[0]),
+                in_specs=[*in_specs, *self.mask_specs], out_specs=out_specs, scratch_shapes=scratch),
+            out_shape=out_shapes,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"),
+                                                 vmem_limit_bytes=self.tiling.vmem_bytes),
+            cost_estimate=pl.CostEstimate(flops=2 * products * pairs * self.H, transcendentals=pairs,
+                                          bytes_accessed=size),
+            interpret=self.tiling.interpret, name=name,
+        )(self.words, self.first, *operands, *self.masks)
+
+
+def forward(q_BKGTH, k_BKSH, v_BKSH, work: tiling_lib.Work, tiling: tiling_lib.Tiling):
+    """Returns ([B, K, G, T, H] output, float32[B, K, G, T] base-2 log of the sum of exponentials)."""
+    call = _Call(q_BKGTH, k_BKSH, work, tiling)
+    rows = call.G * tiling.query_tile
+    out = jax.ShapeDtypeStruct(q_BKGTH.shape, q_BKGTH.dtype)
+    log_sum = jax.ShapeDtypeStruct(q_BKGTH.shape[:-1], jnp.float32)
+    statistics = pltpu.VMEM((rows, LANES), jnp.float32)
+    return call("tree_attention", _forward_kernel, (q_BKGTH, k_BKSH, v_BKSH),
+                [call.query, call.key, call.key], [out, log_sum], [call.query, call.per_query],
+                [statistics, statistics, pltpu.VMEM((rows, call.H), jnp.float32),
+                 pltpu.VMEM((tiling.query_tile, LANES), jnp.int32)], products=2)
+
+
+def _forward_kernel(words, first, q, k, v, query_group, keys, out, log_sum, maximum, total, acc, group, *,
+                    tiling):
+    n = pl.program_id(1)
+    word = words[n]
+    G, q_tile, H = q.shape
+    k_tile = k.shape[0]
+    starts, ends = _borders(words, n)
+    query_0 = first[tree_mask.batch_of(word)] + tree_mask.row_of(word) * q_tile
+    key_0 = tree_mask.column_of(word) * k_tile
+
+    @pl.when(starts)
+    def _():
+        maximum[...] = jnp.full_like(maximum, MASKED)
+        total[...] = jnp.zeros_like(total)
+        acc[...] = jnp.zeros_like(acc)
+        group[...] = _down(query_group[...])
+
+    def compute(kind):
+        s = _dot(q[...].reshape(G * q_tile, H), k[...], (1, 1))
+        if kind != tree_mask.FULL:
+            i = query_0 + lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 0)
+            j = key_0 + lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 1)
+            visible = (j <= i) & (i < keys[0:1, :])
+            if kind == tree_mask.VISUAL:
+                visible |= _widen(group[...], k_tile) == keys[1:2, :]
+            s = jnp.where(visible[None], s.reshape(G, q_tile, k_tile), MASKED).reshape(s.shape)
+        old = maximum[...]
+        new = jnp.maximum(old, s.max(-1, keepdims=True))
+        p = jnp.exp2(s - _widen(new, k_tile))
+        decay = jnp.exp2(old - new)
+        maximum[...] = new
+        total[...] = decay * total[...] + p.sum(-1, keepdims=True)
+        acc[...] = _widen(decay, H) * acc[...] + _dot(p.astype(v.dtype), v[...], (1, 0))
+
+    _for_each_kind(word, compute)
+
+    @pl.when(ends)
+    def _():
+        out[...] = (acc[...] / _widen(total[...], H)).astype(out.dtype).reshape(out.shape)
+        sums = maximum[...] + jnp.log2(total[...])
+        for g in range(G):
+            log_sum[g:g + 1, :] = sums[g * q_tile:(g + 1) * q_tile, :].T[0:1, :]
+
+
+def backward(q, k, v, out, log_sum, grad, work: tiling_lib.Work, tiling: tiling_lib.Tiling):
+    """Returns (dq, dk, dv) of the scaled queries, keys and values, in the layout of `forward`."""
+    delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1)
+    operands = (q, k, v, grad, log_sum, delta)
+    fused = lambda: _fused(operands, work, tiling)
+    split = lambda: (_query_gradient(operands, work, tiling), *_key_gradients(operands, work, tiling))
+    if work.span is None:
+        dq, dk, dv = fused()
+    elif tiling.ring == 0:
+        dq, dk, dv = split()
+    else:
+        dq, dk, dv = lax.cond(work.span[0] <= tiling.ring, fused, split)
+    if work.touched is not None:  # nothing was written for keys that nobody visits
+        dk, dv = (jnp.where(work.touched[:, None, :, None], x, 0) for x in (dk, dv))
+    return dq, dk, dv
+
+
+def _tile_gradients(kind, word_tiles, q, k, v, grad, log_sum, delta, query_group, keys):
+    """Returns (p [k, g], ds [k, g]) of a tile, keys down and queries along, in the dtype of q.
+
+    In this orientation the statistics of the queries are rows as stored, and sums over the G heads are part
+    of the products for dk and dv.
+    """
+    query_0, key_0 = word_tiles
+    G, q_tile, H = q.shape
+    k_tile = k.shape[0]
+    along = lambda x: jnp.concatenate([x[g:g + 1, :] for g in range(G)], axis=1)
+    p = jnp.exp2(_dot(k[...], q[...].reshape(G * q_tile, H), (1, 1)) - along(log_sum))
+    if kind != tree_mask.FULL:
+        i = query_0 + lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 1)
+        j = key_0 + lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 0)
+        visible = (j <= i) & (i < _widen(_down(keys[0:1, :]), q_tile))
+        if kind == tree_mask.VISUAL:
+            visible |= _widen(_down(keys[1:2, :]), q_tile) == query_group[...]
+        p = jnp.where(jnp.tile(visible, (1, G)), p, 0.0)
+    dp = _dot(v[...], grad[...].reshape(G * q_tile, H), (1, 1))
+    ds = p * (dp - along(delta))
+    return p.astype(q.dtype), ds.astype(q.dtype)
+
+
+def _positions(word, first, query_tile_of, key_tile_of, tiling):
+    """Returns the positions of the first query and the first key of a tile."""
+    return (first[tree_mask.batch_of(word)] + query_tile_of(word) * tiling.query_tile,
+            key_tile_of(word) * tiling.key_tile)
+
+
+def _fused(operands, work, tiling):
+    q, k = operands[:2]
+    call = _Call(q, k, work, tiling)
+    rows, num_tiles = call.G * tiling.query_tile, call.S // tiling.key_tile
+    ring = min(tiling.ring, num_tiles) * tiling.key_tile
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    of_key = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    f32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
+    return call("tree_attention_gradients", _fused_kernel, operands,
+                [call.query, call.key, call.key, call.query, call.per_query, call.per_query],
+                [jax.ShapeDtypeStruct(q.shape, q.dtype), of_key, of_key], [call.query, anywhere, anywhere],
+                [f32(rows, call.H), f32(ring, call.H), f32(ring, call.H),
+                 pltpu.VMEM((2, tiling.key_tile, call.H), k.dtype), pltpu.SMEM((1,), jnp.int32),
+                 pltpu.SemaphoreType.DMA((2,))], products=5)
+
+
+def _fused_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys, dq_out, dk_out, dv_out,
+                  dq, dk, dv, stage, is_copying, semaphores, *, tiling):
+    head, n = pl.program_id(0), pl.program_id(1)
+    is_end = n == pl.num_programs(1) - 1
+    word = words[n]
+    starts, ends = _borders(words, n)
+    column = tree_mask.column_of(word)
+    at = _positions(word, first, tree_mask.row_of, tree_mask.column_of, tiling)
+    G, q_tile, H = q.shape
+    k_tile, ring = tiling.key_tile, dk.shape[0] // tiling.key_tile
+    slot = pl.ds(pl.multiple_of(lax.rem(column, ring) * k_tile, k_tile), k_tile)
+    place = pl.ds(pl.multiple_of(column * k_tile, k_tile), k_tile)
+    copies = [pltpu.make_async_copy(stage.at[x], out.at[tree_mask.batch_of(word), head, place, :],
+                                    semaphores.at[x]) for x, out in enumerate((dk_out, dv_out))]
+
+    def wait():
+        for copy in copies:
+            copy.wait()
+
+    @pl.when(n == 0)
+    def _():
+        is_copying[0] = 0
+
+    @pl.when(starts)
+    def _():
+        dq[...] = jnp.zeros_like(dq)
+
+    @pl.when((word & tree_mask.FIRST_OF_COLUMN) != 0)
+    def _():
+        dk[slot, :] = jnp.zeros((k_tile, H), jnp.float32)
+        dv[slot, :] = jnp.zeros((k_tile, H), jnp.float32)
+
+    def compute(kind):
+        p, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
+        dv[slot, :] += _dot(p, grad[...].reshape(G * q_tile, H), (1, 0))
+        dk[slot, :] += _dot(ds, q[...].reshape(G * q_tile, H), (1, 0))
+        dq[...] += _dot(ds, k[...], (0, 0))
+
+    _for_each_kind(word, compute)
+
+    @pl.when(ends)
+    def _():
+        dq_out[...] = (dq[...] * LN_2).astype(dq_out.dtype).reshape(dq_out.shape)
+
+    @pl.when((word & tree_mask.LAST_OF_COLUMN) != 0)
+    def _():
+        pl.when(is_copying[0] == 1)(wait)  # of the key tile before this one; it had a step or more
+        stage[0] = (dk[slot, :] * LN_2).astype(stage.dtype)
+        stage[1] = dv[slot, :].astype(stage.dtype)
+        for copy in copies:
+            copy.start()
+        is_copying[0] = 1
+
+    pl.when(is_end)(wait)  # the last word closes its column, so a copy is under way
+
+
+def _query_gradient(operands, work, tiling):
+    q, k = operands[:2]
+    call = _Call(q, k, work, tiling)
+    return call("tree_attention_query_gradient", _query_kernel, operands,
+                [call.query, call.key, call.key, call.query, call.per_query, call.per_query],
+                [jax.ShapeDtypeStruct(q.shape, q.dtype)], [call.query],
+                [pltpu.VMEM((call.G * tiling.query_tile, call.H), jnp.float32)], products=3)[0]
+
+
+def _query_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys, dq_out, dq, *, tiling):
+    n = pl.program_id(1)
+    word = words[n]
+    starts, ends = _borders(words, n)
+    at = _positions(word, first, tree_mask.row_of, tree_mask.column_of, tiling)
+
+    @pl.when(starts)
+    def _():
+        dq[...] = jnp.zeros_like(dq)
+
+    def compute(kind):
+        _, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
+        dq[...] += _dot(ds, k[...], (0, 0))
+
+    _for_each_kind(word, compute)
+
+    @pl.when(ends)
+    def _():
+        dq_out[...] = (dq[...] * LN_2).astype(dq_out.dtype).reshape(dq_out.shape)
+
+
+def _key_gradients(operands, work, tiling):
+    q, k = operands[:2]
+    call = _Call(q, k, work, tiling, key_major=True)
+    of_key = jax.ShapeDtypeStruct(k.shape, k.dtype)
+    sums = pltpu.VMEM((tiling.key_tile, call.H), jnp.float32)
+    return call("tree_attention_key_gradients", _key_kernel, operands,
+                [call.query, call.key, call.key, call.query, call.per_query, call.per_query],
+                [of_key, of_key], [call.key, call.key], [sums, sums], products=4)
+
+
+def _key_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys, dk_out, dv_out, dk, dv, *,
+                tiling):
+    n = pl.program_id(1)
+    word = words[n]
+    starts, ends = _borders(words, n)
+    at = _positions(word, first, tree_mask.column_of, tree_mask.row_of, tiling)
+    G, q_tile, H = q.shape
+
+    @pl.when(starts)
+    def _():
+        dk[...] = jnp.zeros_like(dk)
+        dv[...] = jnp.zeros_like(dv)
+
+    def compute(kind):
+        p, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
+        dv[...] += _dot(p, grad[...].reshape(G * q_tile, H), (1, 0))
+        dk[...] += _dot(ds, q[...].reshape(G * q_tile, H), (1, 0))
+
+    _for_each_kind(word, compute)
+
+    @pl.when(ends)
+    def _():
+        dk_out[...] = (dk[...] * LN_2).astype(dk_out.dtype)
+        dv_out[...] = dv[...].astype(dv_out.dtype)
