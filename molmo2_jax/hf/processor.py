@@ -115,13 +115,19 @@ def write(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig) -> di
     }
 
 
-def _json(path: pathlib.Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the JSON object of a file. Raises ValueError if it is missing or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} must be JSON: {error}") from error
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"a checkpoint folder must hold a readable {path.name}; {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {type(values).__name__}")
+    return values
+
+
+def _read_optional(path: pathlib.Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def read(folder: pathlib.Path, config: config_lib.Molmo2Config
@@ -134,9 +140,9 @@ def read(folder: pathlib.Path, config: config_lib.Molmo2Config
       ValueError: the files prepare inputs in a way the model or `inputs` does not; all such fields.
     """
     problems: list[str] = []
-    joint = _json(folder / PROCESSOR_FILE)
+    joint = _read_optional(folder / PROCESSOR_FILE)
     section = lambda file, nested: hf_config.Section(
-        file, _json(folder / file) or joint.get(nested) or {}, problems)
+        file, _read_optional(folder / file) or joint.get(nested) or {}, problems)
     image, video = section(IMAGE_FILE, "image_processor"), section(VIDEO_FILE, "video_processor")
     switches = hf_config.Section(PROCESSOR_FILE, joint, problems)
     for field, value in _SWITCHES.items():
@@ -147,6 +153,7 @@ def read(folder: pathlib.Path, config: config_lib.Molmo2Config
         one.expect({"height": side, "width": side}, "size")
         one.expect(2, "resample")
         one.expect([0.5] * 3, "image_mean", "image_std")
+        one.expect(True, "do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
     video.expect("uniform_last_frame", "frame_sample_mode")
     base, windows = config_lib.InputConfig(), config.connector
     values = dict(
@@ -189,4 +196,5 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) ->
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    """Writes a JSON object as this project's files are laid out."""
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ import os
 import pathlib
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -73,6 +73,8 @@ def _header(path: pathlib.Path) -> tuple[dict, int]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"a shard must have a JSON header; {path}: {error}") from error
+        if not isinstance(header, dict):
+            raise ValueError(f"a shard's header must be an object; {path} has {type(header).__name__}")
     header.pop("__metadata__", None)
     return header, 8 + length
 
@@ -87,19 +89,34 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     size = path.stat().st_size
     found = {}
     for name, info in header.items():
-        first, last = info["data_offsets"]
-        shape = tuple(info["shape"])
-        if info["dtype"] not in DTYPES:
-            raise ValueError(f"tensors must be one of {tuple(DTYPES)}; {name} in {path} is {info['dtype']}")
-        dtype = DTYPES[info["dtype"]]
-        if base + last > size:
-            raise ValueError(f"a shard must be complete; {path} has {size} bytes, its header speaks of "
-                             f"{base + max(x['data_offsets'][1] for x in header.values())}")
-        if last - first != math.prod(shape) * dtype.itemsize:
+        code, shape, first, last = _entry(name, info, path)
+        if code not in DTYPES:
+            raise ValueError(f"tensors must be one of {tuple(DTYPES)}; {name} in {path} is {code}")
+        if last - first != math.prod(shape) * DTYPES[code].itemsize:
             raise ValueError(f"a tensor's bytes must fit its shape; {name} in {path}: {shape}, "
                              f"{last - first} bytes")
-        found[name] = Tensor(path, dtype, shape, base + first)
+        found[name] = Tensor(path, DTYPES[code], shape, base + first)
+    end = base + max((info["data_offsets"][1] for info in header.values()), default=0)
+    if size < end:
+        raise ValueError(f"a shard must be complete; {path} has {size} bytes, its header speaks of {end}")
+    # The format knows no holes: bytes that no tensor or two tensors claim are damage.
+    total = base + sum(math.prod(one.shape) * one.dtype.itemsize for one in found.values())
+    if not total == end == size:
+        raise ValueError(f"the tensors of a shard must fill it, each once; {path} has {size} bytes, its "
+                         f"tensors take {total} and end at {end}")
     return found
+
+
+def _entry(name: str, info: Any, path: pathlib.Path) -> tuple[str, tuple[int, ...], int, int]:
+    """Returns (dtype, shape, first and last byte) of a header's entry."""
+    try:
+        code, shape, (first, last) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        sizes = [*shape, first, last]
+    except (KeyError, TypeError, ValueError):
+        sizes = [-1]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"a header must give dtype, shape and data_offsets; {name} in {path} has {info!r}")
+    return code, shape, first, last
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
@@ -113,10 +130,13 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
             raise ValueError(f"a checkpoint folder must hold {SINGLE} or {INDEX}; got {folder}")
         return open_file(folder / SINGLE)
     try:
-        where = json.loads((folder / INDEX).read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
+        where = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        files = sorted(set(where.values()))
+        outside = [file for file in files if pathlib.PurePath(file).name != file]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{INDEX} must be JSON with a weight_map; {folder}: {error!r}") from error
-    files = sorted(set(where.values()))
+    if outside:
+        raise ValueError(f"{INDEX} must name files of its folder; {folder}: {', '.join(outside)}")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ValueError(f"every shard of the index must be there; {folder} lacks {', '.join(missing)}")

@@ -1,0 +1,149 @@
+"""A decoder or a ViT of its own as the start of a training: the same activations, and no other model's."""
+
+import dataclasses
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from molmo2_jax import config as config_lib
+from molmo2_jax.hf import shards
+from molmo2_jax.hf import towers
+from molmo2_jax.hf import weights
+from molmo2_jax.inputs import image
+from molmo2_jax.model import molmo2
+from tests import packs
+
+TOWER_TOLERANCE = 2e-5  # float32; measured 4e-6 on values of size 5
+
+
+def text_logits(config, flat, tokens):
+    """Logits of the decoder alone, other towers at zero."""
+    shapes = weights.abstract_params(config)
+    params = weights.unflatten({path: flat.get(path, np.zeros(leaf.shape, np.float32))
+                                for path, leaf in shapes.items()})
+    one = packs.sequence(np.random.default_rng(0), config, None, (len(tokens) - 1,))
+    batch = packs.row([dataclasses.replace(one, tokens=tokens)], config, len(tokens), 0, 0)
+    return np.asarray(jax.jit(molmo2.Molmo2(config, attention="dense").apply)({"params": params}, batch))[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_tied", "olmo3"])
+def test_a_language_model_of_its_own_becomes_the_decoder(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    base = packs.random_config("olmo" if kind == "olmo3" else kind, 0)
+    config = dataclasses.replace(base, text=dataclasses.replace(base.text, yarn=None))
+    t = config.text
+    sizes = dict(vocab_size=t.vocab_size, hidden_size=t.width, num_hidden_layers=t.num_layers,
+                 num_attention_heads=t.num_heads, num_key_value_heads=t.num_kv_heads, head_dim=t.head_dim,
+                 intermediate_size=t.mlp_width, rms_norm_eps=1e-6, tie_word_embeddings=t.tied_head,
+                 rope_parameters={"rope_type": "default", "rope_theta": t.rope_theta}, pad_token_id=None,
+                 bos_token_id=None, eos_token_id=None, initializer_range=0.2)
+    if kind == "olmo3":
+        heads = dict(num_heads=4, num_kv_heads=2, head_dim=t.width // 4)  # its head width follows
+        config = dataclasses.replace(config, text=dataclasses.replace(t, **heads))
+        del sizes["head_dim"]
+        sizes |= dict(num_attention_heads=4, num_key_value_heads=2,
+                      layer_types=["full_attention"] * t.num_layers,
+                      rope_parameters=dict.fromkeys(("full_attention", "sliding_attention"),
+                                                    sizes["rope_parameters"]))
+        model = transformers.Olmo3ForCausalLM(transformers.Olmo3Config(**sizes))
+    else:
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name:
+                value += 0.3 * torch.randn_like(value)
+    model.eval().save_pretrained(tmp_path)
+    flat = towers.import_tower(tmp_path, "olmo3" if kind == "olmo3" else "qwen3", config)
+    assert {path.split("/")[0] for path in flat} == {"base_embedding", "text"} | (
+        set() if t.tied_head else {"head"})
+    tokens = np.random.default_rng(0).integers(0, t.vocab_size, 20).astype(np.int32)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(tokens[None].astype(np.int64))).logits[0].numpy()
+    assert wanted.std() > 0.1
+    np.testing.assert_allclose(text_logits(config, flat, tokens), wanted, atol=TOWER_TOLERANCE, rtol=0)
+
+
+def test_a_siglip2_checkpoint_becomes_the_vit(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    nano = config_lib.nano()
+    v = nano.vision
+    model = transformers.SiglipModel(transformers.SiglipConfig(
+        text_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                         vocab_size=32, max_position_embeddings=8, projection_size=v.width),
+        vision_config=dict(hidden_size=v.width, intermediate_size=v.mlp_width, image_size=v.image_size,
+                           num_hidden_layers=v.num_layers + 2, num_attention_heads=v.num_heads,
+                           patch_size=v.patch_size, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)
+    )).eval()
+    model.save_pretrained(tmp_path)
+    flat = towers.import_tower(tmp_path, "siglip2", nano)
+    assert all(path.startswith("vision/") for path in flat)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (2, v.image_size, v.image_size, 3), np.uint8)
+    patches = np.stack([image.patchify(one[None], v.patch_size)[0] for one in pixels])[None]
+    module = molmo2.vision.VisionTransformer(v, nano.connector.taps)
+    ours = np.asarray(jax.jit(module.apply)({"params": weights.unflatten(flat)["vision"]}, patches))[0]
+    normalised = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+    with torch.no_grad():
+        hidden = model.vision_model(normalised, output_hidden_states=True).hidden_states
+    wanted = np.concatenate([hidden[tap + 1].numpy() for tap in nano.connector.taps], -1)
+    np.testing.assert_allclose(ours, wanted, atol=TOWER_TOLERANCE, rtol=0)
+
+
+def qwen3_folder(folder, config, **fields):
+    """A Qwen3 checkpoint that holds the decoder of `config`."""
+    t = config.text
+    shapes = {path: leaf.shape for path, leaf in weights.abstract_params(config).items()}
+    rng, tensors = np.random.default_rng(0), {}
+    for entry in weights.entries(config, "qwen3"):
+        parts = [weights.torch_shape(shapes[path][entry.layer is not None:], entry.layout)
+                 for path in entry.paths]
+        tensors |= {name: rng.standard_normal(shape, np.float32)
+                    for name, shape in zip(entry.tensors, parts)}
+    safetensors.numpy.save_file(tensors, folder / shards.SINGLE)
+    values = {"model_type": "qwen3", "num_attention_heads": t.num_heads, "rope_theta": t.rope_theta,
+              "num_key_value_heads": t.num_kv_heads, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+              "tie_word_embeddings": t.tied_head} | fields
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_the_config_tells_which_tower_a_folder_holds(tmp_path):
+    for model_type, tower in [("qwen3", "qwen3"), ("olmo3", "olmo3"), ("siglip", "siglip2"),
+                              ("siglip_vision_model", "siglip2")]:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        assert towers.kind(tmp_path) == tower
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="must be one of .*'qwen3'.*has 'llama'"):
+        towers.kind(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value", "message"), [
+    ("rope_theta", 5e6, "rope_theta must be 10000.0, got 5000000.0"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 5e6}, "rope_parameters.rope_theta must be"),
+    ("rms_norm_eps", 1e-5, "rms_norm_eps must be 1e-06, got 1e-05"),
+    ("num_attention_heads", 77, "num_attention_heads must be"),
+    ("use_sliding_window", True, "use_sliding_window must be False, got True"),
+    ("hidden_act", "gelu", "hidden_act must be 'silu', got 'gelu'")])
+def test_what_tensors_cannot_tell_is_compared_with_the_config(field, value, message, tmp_path):
+    config = packs.random_config("qwen3", 0)
+    assert towers.import_tower(qwen3_folder(tmp_path, config), "qwen3", config)
+    with pytest.raises(ValueError, match=f"must hold the qwen3 tower of the model: .*{message}"):
+        towers.import_tower(qwen3_folder(tmp_path, config, **{field: value}), "qwen3", config)
+
+
+def test_a_tower_of_other_sizes_is_refused(tmp_path):
+    config = packs.random_config("qwen3", 0)
+    other = dataclasses.replace(config, text=dataclasses.replace(
+        config.text, num_layers=config.text.num_layers + 1, vocab_size=config.text.vocab_size + 1))
+    with pytest.raises(ValueError, match=r"missing model\.layers.*model\.embed_tokens\.weight is"):
+        towers.import_tower(qwen3_folder(tmp_path, config), "qwen3", other)
