@@ -1,5 +1,8 @@
 """An example's media become crops, whatever they are; errors name the file."""
 
+import dataclasses
+import time
+
 import av
 import numpy as np
 import pytest
@@ -7,8 +10,10 @@ from PIL import Image
 
 from molmo2_jax import config
 from molmo2_jax import types
+from molmo2_jax.inputs import image
 from molmo2_jax.inputs import media
 from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.inputs import video
 
 NANO, INPUTS = config.nano(), config.InputConfig(max_frames=3, max_crops=2, overlap_margins=(1, 1))
 TOKENIZER = tokenizers.train_small(["0.0 1.5 Image subtitle"] * 2, NANO.text.vocab_size)
@@ -18,7 +23,9 @@ def see(**fields):
     return media.see(types.Example(annotations=(), **fields), NANO, INPUTS, TOKENIZER)
 
 
-def test_a_video_gives_one_crop_a_frame_and_its_frames(tmp_path):
+@pytest.fixture
+def film(tmp_path):
+    """Three seconds at 4 frames a second, each 20 levels brighter than the one before."""
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=4)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
@@ -26,7 +33,11 @@ def test_a_video_gives_one_crop_a_frame_and_its_frames(tmp_path):
             frame = np.full((48, 64, 3), 20 * level, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    crops, frames = see(video=str(tmp_path / "a.mp4"), clip=(1.0, 2.0), subtitles=((0.0, 0.5, "hello"),))
+    return str(tmp_path / "a.mp4")
+
+
+def test_a_video_gives_one_crop_a_frame_and_its_frames(film):
+    crops, frames = see(video=film, clip=(1.0, 2.0), subtitles=((0.0, 0.5, "hello"),))
     assert len(crops.patches) == len(frames.seconds) == 3 and (frames.width, frames.height) == (64, 48)
     np.testing.assert_allclose(frames.seconds, [0, 0.5, 1])
     assert abs(crops.patches[0].mean() - 80) < 4  # the clip begins with the fifth frame
@@ -44,3 +55,32 @@ def test_images_give_their_sizes_and_text_alone_gives_nothing(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="none.png: there is no such file"):
         see(images=(str(tmp_path / "none.png"),))
+
+
+def test_a_tracking_clip_is_sampled_by_its_annotations_rate(film):
+    inputs = dataclasses.replace(INPUTS, max_frames=20)
+    for rate, times in ((1, np.arange(12) / 4), (2, np.arange(12) / 4)):
+        example = types.Example(annotations=(), video=film, tracking_fps=rate)
+        frames = media.see(example, NANO, inputs, TOKENIZER)[1]
+        np.testing.assert_array_equal(frames.seconds, times)
+    few = media.see(example, NANO, dataclasses.replace(INPUTS, max_frames=6), TOKENIZER)[1]
+    np.testing.assert_array_equal(few.seconds, np.arange(6) / 2)
+    with pytest.raises(ValueError, match="tracking clip needs a rate"):
+        media.see(dataclasses.replace(example, tracking_fps=3), NANO, inputs, TOKENIZER)
+
+
+def test_media_that_take_too_long_are_cut_with_an_error_that_names_them(film, monkeypatch):
+    inputs = dataclasses.replace(INPUTS, max_read_seconds=0.2)
+    example = types.Example(annotations=(), video=film)
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "read", lambda *args, **named: time.sleep(5))
+        start = time.monotonic()
+        with pytest.raises(image.MediaError, match=r"a.mp4: must be read within 0.2 seconds"):
+            media.see(example, NANO, inputs, TOKENIZER)
+        assert time.monotonic() - start < 4
+        patch.setattr(image, "load", lambda path: time.sleep(5))
+        with pytest.raises(image.MediaError, match=r"b.png, c.png: must be read within 0.2 seconds"):
+            media.see(types.Example(annotations=(), images=("b.png", "c.png")), NANO, inputs, TOKENIZER)
+    with pytest.raises(image.MediaError, match=r"a.mp4: must be read within 0 seconds"):
+        video.read(film, max_frames=3, max_seconds=0)  # stops by itself, between two packets
+    assert len(see(video=film)[1].seconds) == 3
