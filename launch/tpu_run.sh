@@ -188,12 +188,12 @@ ensure() {
 on_all() { change tpu-vm ssh "$1" --worker=all "--command=$2"; }
 
 archive() {
-  cd "$ROOT"
-  git ls-files -z --cached --others --exclude-standard |
-    while IFS= read -rd '' path; do [[ -f "$path" ]] && printf '%s\0' "$path"; done |
-    tar --null --files-from=- --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner |
+  local path
+  git -C "$ROOT" ls-files -z --cached --others --exclude-standard |
+    while IFS= read -rd '' path; do if [[ -f "$ROOT/$path" ]]; then printf '%s\0' "$path"; fi; done |
+    tar --directory="$ROOT" --null --files-from=- --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner |
     gzip --no-name >"$TEMPORARY/code.tar.gz"
-  cp launch/tpu_worker.sh "$TEMPORARY/"
+  cp "$ROOT/launch/tpu_worker.sh" "$TEMPORARY/"
   HASH="$(sha256sum <"$TEMPORARY/code.tar.gz" | cut -c1-16)"
 }
 

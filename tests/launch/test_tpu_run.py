@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-SCRIPT = str(ROOT / "launch" / "tpu_run.sh")
 SCRIPTS = ["tpu_run.sh", "tpu_worker.sh", "environment.sh", "test.sh", "quickstart.sh"]
 
 # Machines are folders $CLOUD/machines/NODE/WORKER, each the home of its machine; $CLOUD/states holds the
@@ -71,6 +71,12 @@ class Cloud:
 
     def __init__(self, folder):
         self.folder = folder
+        self.code = folder / "code"
+        for name in ("launch/tpu_run.sh", "launch/tpu_worker.sh", "launch/environment.sh",
+                     "molmo2_jax/chips.py"):
+            (self.code / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.code / name)
+        subprocess.run(["git", "init", "-q", str(self.code)], check=True)
         (folder / "bin").mkdir()
         for name, text in (("gcloud", GCLOUD), ("python3.11", PYTHON), ("kubectl", KUBECTL)):
             (folder / "bin" / name).write_text(text)
@@ -80,8 +86,9 @@ class Cloud:
             "TPU_RUN_POLL_SECONDS": "0.1", "MOLMO2_PYTHON": sys.executable}
 
     def start(self, *arguments):
-        return subprocess.Popen(["bash", SCRIPT, *arguments], env=self.environment, stdin=subprocess.DEVNULL,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder)
+        return subprocess.Popen(["bash", f"{self.code}/launch/tpu_run.sh", *arguments], env=self.environment,
+                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True, cwd=self.folder)
 
     def run(self, *arguments):
         process = self.start(*arguments)
@@ -116,13 +123,13 @@ def test_scripts_pass_shellcheck(name):
 
 
 def test_a_job_runs_on_all_machines_with_the_code_and_its_output_is_shown(cloud):
-    done = cloud.job('echo "worker $WORKER of $MOLMO2_HOSTS, x=$x"; ls molmo2_jax/train.py', "--env=x=1 2",
+    done = cloud.job('echo "worker $WORKER of $MOLMO2_HOSTS, x=$x"; ls molmo2_jax/chips.py', "--env=x=1 2",
                      "--delete")
     assert done.returncode == 0, done.err
     lines = done.out.splitlines()
     for worker in "01":
         assert f"[job/{worker}] worker {worker} of auto, x=1 2" in lines
-        assert f"[job/{worker}] molmo2_jax/train.py" in lines
+        assert f"[job/{worker}] molmo2_jax/chips.py" in lines
     assert "v5p 2x2x2, 8 chips on 2 machines" in done.err  # the name counts cores
     create = cloud.calls("queued-resources create")
     assert len(create) == 1 and "--accelerator-type=v5p-16 --runtime-version=v2" in create[0]
