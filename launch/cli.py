@@ -61,19 +61,19 @@ def resolve(*needed: str) -> run.RunConfig:
     Raises:
       ValueError: as run.resolve; or no gin file is known; or a needed part is None.
     """
-    gin_files = list(map(_located, _GIN_FILE.value))
-    if not gin_files:
+    files = gin_files()
+    if not files:
         saved = workdir().resolve() / record.NAME
         if not saved.is_file():
             raise ValueError(f"--gin_file must be given, or --workdir hold a {record.NAME}; "
                              f"got {saved.parent}")
-        gin_files = [saved]
-    run_config = run.resolve(gin_files, _GIN.value)
+        files = [saved]
+    run_config = run.resolve(files, _GIN.value)
     missing = [name for name in needed if getattr(run_config, name) is None]
     if missing:
         names = ", ".join(f"run.RunConfig.{name}" for name in missing)
         raise ValueError(f"this command needs bindings for {names}; the files of gin_configs/runs "
-                         f"have them; got {', '.join(map(str, gin_files))}")
+                         f"have them; got {', '.join(map(str, files))}")
     return run_config
 
 
@@ -83,9 +83,14 @@ def no_arguments(arguments: list[str]) -> None:
         raise ValueError(f"this command takes flags only (--help lists them); got {arguments}")
 
 
-def _located(path: str) -> pathlib.Path:
-    """Returns the path of a gin file: below the root of the repository, else the current folder."""
-    return run.ROOT / path if (run.ROOT / path).exists() else pathlib.Path(path).absolute()
+def located(path: str) -> str:
+    """Returns the path of a gin file, from the root of the repository or absolute."""
+    return path if (run.ROOT / path).exists() else str(pathlib.Path(path).absolute())
+
+
+def gin_files() -> list[str]:
+    """Returns the files of --gin_file."""
+    return list(map(located, _GIN_FILE.value))
 
 
 def _parse(argv: list[str]) -> list[str]:
