@@ -239,9 +239,10 @@ class _HostIterator(grain.DatasetIterator):
 
     def __init__(self, batches: Batches):
         super().__init__()
-        self._batches, setting = batches, batches.setting()
-        self._streams = {number: stream.Stream(setting, position)
-                         for number, position in batches.first_positions().items()}
+        self._batches, self._streams = batches, {}
+        setting = batches.setting()
+        for number, position in batches.first_positions().items():
+            self._streams[number] = stream.Stream(setting, position)
 
     def __next__(self) -> types.Batch:
         if self._closed:

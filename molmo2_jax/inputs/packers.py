@@ -16,6 +16,8 @@ import numpy as np
 
 from molmo2_jax import types
 
+_WIDENING = 1.5  # of the tolerances, where no good row was found
+
 Pack = list[tuple[types.Sequence, Any]]
 
 
@@ -82,8 +84,8 @@ class OldestFirst:
     The set of all (tokens, crops) that rows can come to grows by one sequence at a time, oldest first, until
     it holds a good one. Good is: of the budget that is scarcer among those waiting, at most `waste` is left;
     of the other one about the share that those waiting need, so that what is left stays fit for more rows.
-    If there is no good row both tolerances are widened. A sequence that has waited `max_wait` rows is in the
-    next one, so none waits longer than max_wait + buffer rows.
+    Both tolerances widen with every eight sequences that were looked at. A sequence that has waited
+    `max_wait` rows is in the next one, so none waits longer than max_wait + buffer rows.
 
     The set is one Python integer with a bit for each pair of remaining budgets: that makes this fast.
 
@@ -94,7 +96,7 @@ class OldestFirst:
     max_wait: int = 96
     waste: float = 0.01
     slack: float = 0.1
-    steps: int = 256
+    steps: int = 512
 
     def __post_init__(self):
         _require(self.buffer >= 1, "buffer must be >= 1 sequence", self.buffer)
@@ -127,17 +129,20 @@ class OldestFirst:
         costs = [t * width + c for t, c in zip(steps, crops, strict=True)]
         first = int(waits[0] >= self.max_wait)
         full = size * width + max_crops - (costs[0] if first else 0)
-        goal, reached, before = good(1.0), 1 << full, []
+        goal, widening, reached, before = good(1.0), 1.0, 1 << full, []
         for place in range(first, len(costs)):
             before.append(reached)
             fitting = reached & at_least[crops[place]] if crops[place] else reached
             reached |= fitting >> costs[place]  # what lacks the tokens falls off the end
-            if place % 8 == 7 and reached & goal:
-                break
-        hits, widening = reached & goal, 1.0
-        while not hits:
-            widening *= 1.5
-            hits = reached & good(widening)
+            if place % 8 == 7:
+                if reached & goal:
+                    break
+                widening *= _WIDENING
+                goal = good(widening)
+        while not reached & goal:
+            widening *= _WIDENING
+            goal = good(widening)
+        hits = reached & goal
         left = (hits & -hits).bit_length() - 1  # fewest tokens, then fewest crops
         return list(range(first)) + _trace(left, full, before, costs[first:], first)
 

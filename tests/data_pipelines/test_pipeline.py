@@ -53,7 +53,8 @@ def tokenizer(folder):
 def data_config(folder, **fields):
     return pipeline.DataConfig(**{
         "train": (str(folder),), "seed": 5, "row_tokens": 1024, "row_crops": 24, "batch_rows": 2,
-        "packer": packers.OldestFirst(buffer=6), "num_workers": 0, "prefetch": 0, "worker_prefetch": 2, **fields})
+        "packer": packers.OldestFirst(buffer=6), "num_workers": 0, "prefetch": 0, "worker_prefetch": 2,
+        **fields})
 
 
 @pytest.fixture
@@ -181,8 +182,7 @@ def test_a_failure_of_one_stream_leaves_all_where_they_were(folder, tmp_path, ma
     state, first = iterator.get_state(), next(iterator)
     assert first.tokens.shape[0] == 2
     iterator.set_state(state)
-    whole = [stream_ for stream_ in iterator._host._streams.values()]
-    run = whole[1]
+    run = iterator._host._streams[1]
     kept, run._setting = run._setting, dataclasses.replace(run._setting, shape=run._setting.shape | {"M": 0})
     with pytest.raises(ValueError):
         next(iterator)
