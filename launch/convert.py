@@ -1,13 +1,19 @@
-"""Converts between the work directory of a run and the Hugging Face format.
+"""Converts between the work directory of a run and the Hugging Face format, and checks the result.
 
   python -m launch.convert export --model=runs/mine --output=hf/mine
   python -m launch.convert import --model=hf/mine --output=runs/imported
+  python -m launch.convert assemble --gin_file=gin_configs/models/molmo2_4b.gin --text=hf/Qwen3-4B \
+      --vision=hf/siglip2 --output=runs/start
+  python -m launch.convert verify --hf=hf/mine --against=runs/mine
 
 export writes config.json, safetensors, tokenizer and processor files that transformers loads; import
-writes a work directory that launch.generate and launch.evaluate take, and training starts from.
+writes a work directory that launch.generate and launch.evaluate take, and training starts from. assemble
+writes one from a Qwen3 or OLMo 3 decoder and a SigLIP2 ViT, everything between them drawn from --seed.
+verify prints one line per check and exits with 1 if one fails.
 """
 
 import pathlib
+import sys
 
 from absl import flags
 
@@ -17,34 +23,85 @@ from launch import run
 from launch import trained
 from molmo2_jax import checkpoint
 from molmo2_jax.hf import checkpoint as hf_checkpoint
+from molmo2_jax.hf import remote_code
+from molmo2_jax.hf import towers
+from molmo2_jax.hf import verify as hf_verify
+from molmo2_jax.inputs import tokenizer as tokenizers
 
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an existing output folder.")
-for _name in ("model", "output", "dtype", "traceback"):
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "export: replace an existing output folder.")
+_CODE_FROM = flags.DEFINE_string(
+    "code_from", None, "export: Hugging Face folder whose remote-code files are passed on. Default: the "
+    "one that --model was imported from.")
+_HF = flags.DEFINE_string("hf", None, "verify: the Hugging Face folder to check.")
+_AGAINST = flags.DEFINE_string(
+    "against", None, "verify: work directory or Hugging Face folder that --hf must hold bit for bit.")
+_LOGITS = flags.DEFINE_bool(
+    "logits", True, "verify: compare with transformers, where it is installed; holds one model in float32.")
+_TEXT = flags.DEFINE_string("text", None, "assemble: folder of a Qwen3 or OLMo 3 checkpoint, with tokenizer.")
+_VISION = flags.DEFINE_string("vision", None, "assemble: folder of a SigLIP2 checkpoint.")
+for _name in ("model", "output", "dtype", "gin_file", "gin", "seed", "traceback"):
     flags.declare_key_flag(_name)
 
 
 def main(arguments: list[str]) -> None:
-    commands = {"export": export_model, "import": import_model}
+    commands = {"export": export_model, "import": import_model, "assemble": assemble, "verify": verify}
     if len(arguments) != 1 or arguments[0] not in commands:
-        raise ValueError(f"launch.convert takes one of the words {' or '.join(commands)}; "
+        raise ValueError(f"launch.convert takes one of the words {', '.join(commands)}; "
                          f"got {' '.join(arguments) or 'none'}")
-    if not (cli.MODEL.value and cli.OUTPUT.value):
-        raise ValueError("--model must name the folder to read and --output the one to write")
-    source = trained.load(cli.MODEL.value)
-    commands[arguments[0]](source, pathlib.Path(cli.OUTPUT.value))
+    commands[arguments[0]]()
 
 
-def export_model(source: trained.Trained, output: pathlib.Path) -> None:
+def export_model() -> None:
+    source, output = trained.load(_given(cli.MODEL)), _given(cli.OUTPUT)
     hf_checkpoint.export_checkpoint(source.params, source.model, source.inputs, source.tokenizer, output,
-                                    dtype=cli.DTYPE.value, overwrite=_OVERWRITE.value)
+                                    dtype=cli.DTYPE.value, overwrite=_OVERWRITE.value,
+                                    code_from=_CODE_FROM.value or source.code)
 
 
-def import_model(source: trained.Trained, output: pathlib.Path) -> None:
+def import_model() -> None:
+    model, output = _given(cli.MODEL), _new_folder()
+    source = trained.load(model)
+    checkpoint.save_params(str(output), source.params)
+    remote_code.write(remote_code.read(source.code), output / remote_code.NAME)
+    _save_settings(output, source.tokenizer, run.RunConfig(model=source.model, inputs=source.inputs))
+
+
+def assemble() -> None:
+    text, vision, output, config = _given(_TEXT), _given(_VISION), _new_folder(), cli.resolve()
+    tokenizer = tokenizers.Tokenizer.from_file(text, config.model.text.vocab_size)
+    checkpoint.save_params(str(output), towers.assemble(text, vision, config.model, cli.SEED.value))
+    _save_settings(output, tokenizer, run.RunConfig(model=config.model, inputs=config.inputs))
+
+
+def verify() -> None:
+    folder, original = _given(_HF), None
+    if not folder.is_dir():
+        raise ValueError(f"--hf must be a folder; got {folder}")
+    if _AGAINST.value:
+        source = trained.load(_AGAINST.value)
+        original = hf_verify.Original(source.params, source.model, source.inputs, source.tokenizer)
+    checks = hf_verify.verify(folder, original, _LOGITS.value)
+    print(hf_verify.table(checks))
+    if any(check.status == "FAIL" for check in checks):
+        sys.exit(1)
+
+
+def _given(flag: flags.FlagHolder) -> pathlib.Path:
+    if not flag.value:
+        raise ValueError(f"--{flag.name} must be given (--help explains it)")
+    return pathlib.Path(flag.value)
+
+
+def _new_folder() -> pathlib.Path:
+    output = _given(cli.OUTPUT)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output must be empty or not exist; got {output}")
-    checkpoint.save_params(str(output), source.params)
-    source.tokenizer.save(output)
-    record.save(output, record.gin_text(run.RunConfig(model=source.model, inputs=source.inputs)))
+    return output
+
+
+def _save_settings(output: pathlib.Path, tokenizer: tokenizers.Tokenizer, config: run.RunConfig) -> None:
+    tokenizer.save(output)
+    record.save(output, record.gin_text(config))
 
 
 if __name__ == "__main__":

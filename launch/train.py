@@ -23,6 +23,7 @@ from launch import run
 from launch import trained
 from molmo2_jax import sharding
 from molmo2_jax import train
+from molmo2_jax.hf import remote_code
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 _INIT_FROM = flags.DEFINE_string(
@@ -64,10 +65,11 @@ def _first_params(config: run.RunConfig):
     """Returns the parameters of --init_from, or None to start from scratch."""
     if not _INIT_FROM.value:
         return None
-    source = trained.load(_INIT_FROM.value)
+    source = trained.load(_INIT_FROM.value, mesh=sharding.make_mesh(config.mesh))
     wanted, got = (_sizes(dataclasses.asdict(model)) for model in (config.model, source.model))
     if wanted != got:
         raise ValueError(f"--init_from must hold a model of the sizes of this run, {wanted}; got {got}")
+    remote_code.write(remote_code.read(source.code), cli.workdir() / remote_code.NAME)
     return source.params
 
 

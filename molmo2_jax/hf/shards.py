@@ -100,10 +100,14 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     if size < end:
         raise ValueError(f"a shard must be complete; {path} has {size} bytes, its header speaks of {end}")
     # The format knows no holes: bytes that no tensor or two tensors claim are damage.
-    total = base + sum(math.prod(one.shape) * one.dtype.itemsize for one in found.values())
-    if not total == end == size:
-        raise ValueError(f"the tensors of a shard must fill it, each once; {path} has {size} bytes, its "
-                         f"tensors take {total} and end at {end}")
+    at = base
+    for name, one in sorted(found.items(), key=lambda item: item[1].offset):
+        if one.offset != at:
+            raise ValueError(f"the tensors of a shard must follow each other; {name} in {path} begins at "
+                             f"byte {one.offset} instead of {at}")
+        at += math.prod(one.shape) * one.dtype.itemsize
+    if at != size:
+        raise ValueError(f"a shard must end with its last tensor; {path} has {size} bytes instead of {at}")
     return found
 
 

@@ -8,12 +8,17 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
+import numpy as np
+
 from molmo2_jax import config as config_lib
+from molmo2_jax import state
 from molmo2_jax.hf import config as hf_config
 from molmo2_jax.hf import processor
 from molmo2_jax.hf import shards
 from molmo2_jax.hf import source as source_lib
 from molmo2_jax.hf import weights
+from molmo2_jax.model import molmo2
 
 Tower = Literal["qwen3", "olmo3", "siglip2"]
 _TOWERS: dict[str, Tower] = {"qwen3": "qwen3", "olmo3": "olmo3", "siglip": "siglip2",
@@ -98,3 +103,26 @@ def _ropes(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     given = values.get("rope_parameters") or {}
     nested = [one for one in given.values() if isinstance(one, Mapping)]
     return nested or [given]
+
+
+def assemble(text: str | pathlib.Path, vision: str | pathlib.Path, config: config_lib.Molmo2Config, seed: int
+             ) -> dict[str, Any]:
+    """Returns the parameter tree that stage 1 starts from: two towers, the rest drawn as at initialisation.
+
+    Raises:
+      ValueError: a folder is not the tower that `config` describes.
+    """
+    kinds = kind(text), kind(vision)
+    wanted = "olmo3" if config.text.qk_norm == "olmo" else "qwen3"
+    if kinds != (wanted, "siglip2"):
+        raise ValueError(f"the towers of this model must be {wanted!r} and 'siglip2'; got {kinds}")
+    flat = import_tower(text, kinds[0], config) | import_tower(vision, kinds[1], config)
+    model = molmo2.Molmo2(config)
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.smallest_batch(model))
+
+    @jax.jit
+    def rest(key):  # what is drawn for the towers is unused, so it is never computed
+        drawn = weights.flatten(model.init(key, batch)["params"])
+        return {path: value for path, value in drawn.items() if path not in flat}
+
+    return weights.unflatten(flat | rest(jax.random.key(seed)))

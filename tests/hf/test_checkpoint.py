@@ -236,6 +236,11 @@ def break_truncate(folder):
     file.write_bytes(file.read_bytes()[:-7])
 
 
+def break_append(folder):
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes() + b"more")
+
+
 def break_cut_to_nothing(folder):
     sorted(folder.glob("*.safetensors"))[0].write_bytes(b"")
 
@@ -312,11 +317,12 @@ def negative(header):
     (rewrite_header(lambda header: []), "a shard's header must be an object; .*00002.* has list"),
     (rewrite_header(without_offsets), "a header must give dtype, shape and data_offsets; .* in .*00002"),
     (rewrite_header(negative), "a header must give dtype, shape and data_offsets; .*-1"),
-    (rewrite_header(share_bytes), "the tensors of a shard must fill it, each once"),
+    (rewrite_header(share_bytes), r"tensors of a shard must follow each other; .* instead of"),
     (lambda folder: (folder / shards.INDEX).write_text('{"weight_map": [1]}'), "JSON with a weight_map"),
     (lambda folder: (folder / shards.INDEX).write_text('{"weight_map": {"a": "../x.safetensors"}}'),
      r"must name files of its folder; .*\.\./x"),
     (break_truncate, r"a shard must be complete; .*model-00002.* bytes, its header speaks of"),
+    (break_append, r"a shard must end with its last tensor; .*00002.* bytes instead of"),
     (break_cut_to_nothing, r"a shard must be a complete safetensors file; .*model-00001.* has 0 bytes"),
     (break_remove, r"every shard of the index must be there; .* lacks model-00003"),
     (break_shape, r"model\.transformer\.ln_f\.weight is \[\d+\] instead of \[\d+\]"),

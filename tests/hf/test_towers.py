@@ -147,3 +147,37 @@ def test_a_tower_of_other_sizes_is_refused(tmp_path):
         config.text, num_layers=config.text.num_layers + 1, vocab_size=config.text.vocab_size + 1))
     with pytest.raises(ValueError, match=r"missing model\.layers.*model\.embed_tokens\.weight is"):
         towers.import_tower(qwen3_folder(tmp_path, config), "qwen3", other)
+
+
+def siglip2_folder(folder, config):
+    """A SigLIP2 checkpoint that holds the ViT of `config`."""
+    shapes = {path: leaf.shape for path, leaf in weights.abstract_params(config).items()}
+    rng = np.random.default_rng(1)
+    tensors = {name: rng.standard_normal(
+        weights.torch_shape(shapes[path][entry.layer is not None:], entry.layout), np.float32)
+        for entry in weights.entries(config, "siglip2") for path, name in zip(entry.paths, entry.tensors)}
+    safetensors.numpy.save_file(tensors, folder / shards.SINGLE)
+    values = {"patch_size": config.vision.patch_size, "num_attention_heads": config.vision.num_heads}
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": values}))
+    return folder
+
+
+def test_two_towers_are_assembled_with_the_rest_drawn_anew(tmp_path):
+    config = packs.random_config("qwen3", 0)
+    for name in ("text", "vision"):
+        (tmp_path / name).mkdir()
+    folders = qwen3_folder(tmp_path / "text", config), siglip2_folder(tmp_path / "vision", config)
+    once, again, other = (weights.flatten(towers.assemble(*folders, config, seed)) for seed in (5, 5, 6))
+    given = towers.import_tower(folders[0], "qwen3", config) | towers.import_tower(
+        folders[1], "siglip2", config)
+    drawn = {path for path in once if path.startswith("connector/")} | {"new_embedding"}
+    assert set(once) == set(weights.abstract_params(config)) == drawn | set(given) and not drawn & set(given)
+    for path, value in once.items():
+        np.testing.assert_array_equal(value, again[path])
+        if path in given:
+            np.testing.assert_array_equal(value, given[path])
+        else:
+            assert path.endswith("bias") != bool((np.asarray(value) != np.asarray(other[path])).any()), path
+    assert np.std(once["new_embedding"]) == pytest.approx(0.02, rel=0.2)
+    with pytest.raises(ValueError, match=r"must be 'qwen3' and 'siglip2'; got \('siglip2', 'qwen3'\)"):
+        towers.assemble(*reversed(folders), config, seed=5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import flax.linen as nn
 import jax
@@ -23,6 +24,7 @@ from launch import trained
 from molmo2_jax import config as config_lib
 from molmo2_jax import evaluate as evaluate_lib
 from molmo2_jax import generate as generate_lib
+from molmo2_jax import sharding
 from molmo2_jax import state
 from molmo2_jax import types
 from molmo2_jax.hf import checkpoint as hf_checkpoint
@@ -76,7 +78,7 @@ def data_folder(tmp_path_factory):
 
 
 def start(main, *arguments):
-    with pytest.raises(SystemExit) as caught:
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:  # flags that repeat would add up
         cli.start(main, ["command", *map(str, arguments)])
     return caught.value.code or 0
 
@@ -92,6 +94,21 @@ def test_generate_prints_an_answer_as_json_and_draws_it(model_folder, data_folde
     assert Image.open(picture).width >= SIZE[0]
 
 
+def test_generate_answers_several_questions_and_streams_what_it_prints(model_folder, data_folder, capsys):
+    arguments = [f"--model={model_folder}", f"--image={data_folder / 'a.png'}", "--max_new_tokens=9",
+                 "--prompt=Point to the red circle.", "--prompt=Where?", "--temperature=2", "--top_k=50",
+                 "--top_p=0.9", "--seed=3"]
+    assert start(generate.main, *arguments) == 0
+    plain = capsys.readouterr().out
+    assert start(generate.main, *arguments, "--stream") == 0
+    assert capsys.readouterr().out == plain
+    first, second = plain.split("> Where?\n")
+    assert first.startswith("> Point to the red circle.\n") and second
+    stop = second[2:4]
+    assert start(generate.main, *arguments, f"--stop={stop}") == 0
+    assert capsys.readouterr().out.split("> Where?\n")[1] == second[:second.index(stop)] + "\n"
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--prompt=Where?"], "--model and --prompt are needed"),
     (["--model=MODEL", "--prompt=Where?", "--video=a.mp4", "--image=a.png"], "got both"),
@@ -99,6 +116,9 @@ def test_generate_prints_an_answer_as_json_and_draws_it(model_folder, data_folde
     (["--model=MODEL", "--prompt=Where?", "--image=/nowhere.png"], "/nowhere.png"),
     (["--model=MODEL", "--prompt=Where?", "--video=/nowhere.mp4"], "/nowhere.mp4"),
     (["--model=MODEL", "--prompt=Where?", "--temperature=-1"], "temperature"),
+    (["--model=MODEL", "--prompt=Where?", "--top_p=2"], "top_p must be in (0, 1]"),
+    (["--model=MODEL", "--prompt=Where?", "--stop="], "stop must be"),
+    (["--model=MODEL", "--prompt=Where?", "--stream", "--json"], "--json whole answers; got both"),
 ])
 def test_generate_answers_mistakes_with_one_sentence(arguments, words, model_folder, capsys):
     arguments = [one.replace("MODEL", str(model_folder)) for one in arguments]
@@ -124,11 +144,55 @@ def test_exporting_what_was_imported_changes_no_weight(model_folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
 
 
+def test_remote_code_goes_through_import_and_export(model_folder, tmp_path):
+    released, workdir, output = (tmp_path / name for name in ("released", "run", "out"))
+    shutil.copytree(model_folder, released)
+    (released / "modeling_molmo2.py").write_text("# theirs\n")
+    values = json.loads((released / "config.json").read_text())
+    values["auto_map"] = {"AutoModelForImageTextToText": "modeling_molmo2.Molmo2"}
+    (released / "config.json").write_text(json.dumps(values))
+    assert start(convert.main, "import", f"--model={released}", f"--output={workdir}") == 0
+    assert start(convert.main, "export", f"--model={workdir}", f"--output={output}") == 0
+    assert (output / "modeling_molmo2.py").read_text() == "# theirs\n"
+    assert json.loads((output / "config.json").read_text())["auto_map"] == values["auto_map"]
+    given = tmp_path / "given"
+    assert start(convert.main, "export", f"--model={model_folder}", f"--output={given}",
+                 f"--code_from={released}") == 0
+    assert (given / "modeling_molmo2.py").exists() and not list(model_folder.glob("*.py"))
+
+
+def test_verify_prints_a_table_and_fails_by_its_exit_status(model_folder, tmp_path, capsys):
+    arguments = [f"--against={model_folder}", "--nologits"]
+    assert start(convert.main, "verify", f"--hf={model_folder}", *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "8 ok, 0 FAIL, 1 skipped" and all(line[:2] in ("ok", "sk") for line in lines[:-1])
+    broken = tmp_path / "broken"
+    shutil.copytree(model_folder, broken)
+    (broken / "generation_config.json").unlink()
+    assert start(convert.main, "verify", f"--hf={broken}", *arguments) == 1
+    assert "FAIL    files" in capsys.readouterr().out
+
+
+def test_a_model_is_loaded_onto_the_shards_of_a_mesh(model_folder):
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=4), jax.devices()[:4])
+    whole, parts = trained.load(model_folder), trained.load(model_folder, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(parts.params))
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(parts.params))
+
+
 @pytest.mark.parametrize("arguments, words", [
-    ([], "takes one of the words export or import; got none"),
+    ([], "takes one of the words export, import, assemble, verify; got none"),
     (["exprot"], "got exprot"),
-    (["export"], "--model must name the folder"),
+    (["export"], "--model must be given"),
+    (["import", "--model=MODEL"], "--output must be given"),
     (["export", "--model=MODEL", "--output=MODEL"], "new or empty folder"),
+    (["import", "--model=MODEL", "--output=MODEL"], "--output must be empty or not exist"),
+    (["verify"], "--hf must be given"),
+    (["verify", "--hf=/nowhere"], "--hf must be a folder; got /nowhere"),
+    (["assemble", "--text=MODEL", "--output=new"], "--vision must be given"),
+    (["assemble", "--text=MODEL", "--vision=MODEL", "--output=new",
+      "--gin_file=gin_configs/models/nano.gin"], "model_type of a tower must be one of"),
 ])
 def test_convert_answers_mistakes_with_one_sentence(arguments, words, model_folder, capsys):
     arguments = [one.replace("MODEL", str(model_folder)) for one in arguments]

@@ -1,0 +1,110 @@
+"""transformers' own molmo2 model of a folder, fed with our arrays: what our logits are compared with.
+
+The only module that imports torch and transformers; nothing imports it unless a comparison is asked for.
+"""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is all there is to load
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from molmo2_jax import config as config_lib
+from molmo2_jax import types
+
+
+def load(folder: str | pathlib.Path):
+    """Returns transformers' model of a folder in float32, ready to answer.
+
+    Raises:
+      ValueError: tensors are missing, left over or of another shape, or the folder cannot be loaded.
+    """
+    try:
+        model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+            folder, output_loading_info=True, dtype=torch.float32)
+    except Exception as error:  # it raises whatever its parts meet
+        raise ValueError(f"transformers must load {folder}; {type(error).__name__}: {error}") from error
+    problems = {name: sorted(map(str, found)) for name, found in info.items() if found}
+    if problems:
+        raise ValueError(f"transformers must find all tensors of {folder} and no others; got {problems}")
+    return model.eval()
+
+
+def arguments(sequences: Sequence[types.Sequence], config: config_lib.Molmo2Config
+              ) -> dict[str, torch.Tensor]:
+    """Returns the arguments of transformers' forward for sequences side by side, padded on the left.
+
+    Those with visual tokens are either all videos or all images.
+    """
+    length = max(len(one.tokens) for one in sequences)
+    left = lambda x: np.pad(x, (length - len(x), 0))
+    mask = np.stack([left(np.ones_like(one.tokens)) for one in sequences])
+    values = {"input_ids": np.stack([left(one.tokens) for one in sequences]), "attention_mask": mask,
+              "mm_token_type_ids": np.stack([left(one.image >= 0) for one in sequences]),
+              "position_ids": np.maximum(np.cumsum(mask, 1) - 1, 0)}
+    seen = [one for one in sequences if len(one.pooled)]
+    if seen:
+        is_video = config.special_id("<frame_start>") in seen[0].tokens
+        pixels, pooling, grids = (
+            ("pixel_values_videos", "video_token_pooling", "video_grids") if is_video else
+            ("pixel_values", "image_token_pooling", "image_grids"))
+        offsets = np.cumsum([0, *(one.patches.shape[0] * one.patches.shape[1] for one in seen)])
+        values |= {pixels: np.concatenate([one.patches.astype(np.float32) / 127.5 - 1 for one in seen]),
+                   pooling: np.concatenate([np.where(one.pooled >= 0, one.pooled + offset, -1)
+                                            for one, offset in zip(seen, offsets)]),
+                   grids: np.concatenate([_grids(one, config, is_video) for one in seen])}
+    return {name: torch.from_numpy(np.ascontiguousarray(
+        value, np.float32 if value.dtype == np.float32 else np.int64)) for name, value in values.items()}
+
+
+def _grids(one: types.Sequence, config: config_lib.Molmo2Config, is_video: bool) -> np.ndarray:
+    """Returns int[images, 4] (overview, tiles) or int[1, 3] (frames); only products are read."""
+    patch, end = config.special_id("<im_patch>"), config.special_id("<im_end>")
+    if is_video:
+        frames = int((one.tokens == config.special_id("<frame_start>")).sum())
+        return np.array([[frames, 1, int((one.tokens == patch).sum()) // frames]])
+    rows = []
+    for number in range(one.image.max() + 1):
+        mine = one.tokens[one.image == number]
+        overview, both = (mine[:list(mine).index(end)] == patch).sum(), (mine == patch).sum()
+        rows.append([1, overview, 1, both - overview])
+    return np.array(rows)
+
+
+def logits(model, sequences: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> list[np.ndarray]:
+    """Returns float32[T, V] logits of each sequence, all computed side by side."""
+    with torch.no_grad():
+        rows = model(**arguments(sequences, config)).logits.numpy()
+    return [row[len(row) - len(one.tokens):] for row, one in zip(rows, sequences)]
+
+
+def answers(model, sequence: types.Sequence, config: config_lib.Molmo2Config, num_new: int) -> list[int]:
+    """Returns the greedy continuation of a sequence, never stopping early."""
+    given = arguments([sequence], config)
+    del given["position_ids"]
+    generated = model.generate(**given, max_new_tokens=num_new, do_sample=False, eos_token_id=None)
+    return generated[0, len(sequence.tokens):].tolist()
+
+
+def configs(folder: str | pathlib.Path) -> tuple[Any, Any]:
+    """Returns transformers' configs of a folder: of the model and of generation."""
+    return (transformers.AutoConfig.from_pretrained(folder),
+            transformers.GenerationConfig.from_pretrained(folder))
+
+
+def tokenizer(folder: str | pathlib.Path):
+    """Returns transformers' tokenizer of a folder."""
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def processor(folder: str | pathlib.Path):
+    """Returns transformers' processor of a folder. Raises ImportError where torchvision is missing."""
+    if not transformers.utils.is_torchvision_available():
+        raise ImportError("transformers' processor needs torchvision")
+    return transformers.AutoProcessor.from_pretrained(folder)
