@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from molmo2_jax.inputs import prompt
 POINT_MODES = ("bare", "point_count", "count_point", "count")
 TRACK_MODES = ("per_frame", "start_end", "single_point")
 TIME_TOLERANCE = 0.01  # seconds an annotated time may lie outside its clip
+_SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes them
+_LARGEST = 1e300       # numbers beyond are as good as infinite
 
 _RECORD_FIELDS = ("video", "images", "clip", "subtitles", "size", "weight", "scale", "annotations", "masks")
 _ANY_TYPE = ("type", "weight", "prompt")
@@ -78,7 +81,7 @@ def _parse_json(line: bytes) -> Any:
         return dict(pairs)
     try:
         return json.loads(line, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"record: must be one JSON object per line ({error}); got {_short(line)}") from None
 
 
@@ -154,7 +157,8 @@ def _annotation(annotation, field: str, media: _Media, shared: Mapping, masks: t
     """Returns a checked annotation with the defaults of its record filled in."""
     _require(isinstance(annotation, dict), field, "must be an object", annotation)
     kind = annotation.get("type")
-    _require(kind in _TYPES, f"{field}.type", f"must be one of {', '.join(_TYPES)}", kind)
+    is_known = isinstance(kind, str) and kind in _TYPES
+    _require(is_known, f"{field}.type", f"must be one of {', '.join(_TYPES)}", kind)
     required, optional, check = _TYPES[kind]
     _object(annotation, field, (*_ANY_TYPE, *required, *optional), required=required)
     merged = {**{k: v for k, v in shared.items() if k in ("weight", *optional)}, **annotation}
@@ -364,6 +368,8 @@ def _list(value, field, is_filled: bool) -> list:
 
 def _text(value, field) -> str:
     _require(isinstance(value, str) and value.strip(), field, "must be a text that is not empty", value)
+    is_whole = value.isascii() or not _SURROGATE.search(value)
+    _require(is_whole, field, "must not hold half of a surrogate pair", value)
     try:
         prompt.refuse_reserved(value)
     except ValueError as error:
@@ -402,4 +408,5 @@ def _is_positive_int(value) -> bool:
 
 
 def _is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and -_LARGEST <= value <= _LARGEST
