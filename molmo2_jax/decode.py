@@ -120,8 +120,8 @@ def ready(params, dtype: str, unroll: bool | None = None):
     """Returns the parameters on the devices, as reading and writing answers wants them.
 
     Matrices and tables have the dtype of the computation, in which they would be rounded anyway. With
-    `unroll` the decoder's layers are a list: XLA's CPU backend copies a layer's part of the stack for every
-    token that it writes. None unrolls on CPU; elsewhere a loop compiles faster and costs nothing.
+    `unroll` the layers are a list: XLA's CPU backend copies a layer's part of the stack whenever a loop
+    comes to it, for every token that is written. None unrolls on CPU; elsewhere a loop compiles faster.
     """
     def cast(path, leaf):
         is_rounded = path[-1].key in ("kernel", "base_embedding", "new_embedding", "head")
@@ -129,10 +129,11 @@ def ready(params, dtype: str, unroll: bool | None = None):
 
     params = jax.tree_util.tree_map_with_path(cast, params)
     if unroll or (unroll is None and jax.default_backend() == "cpu"):
-        stack = params["text"]["layers"]
-        count = len(jax.tree.leaves(stack)[0])
-        unstacked = [jax.tree.map(lambda leaf: leaf[number], stack) for number in range(count)]
-        params = params | {"text": params["text"] | {"layers": unstacked}}
+        for tower in ("vision", "text"):
+            stack = params[tower]["layers"]
+            count = len(jax.tree.leaves(stack)[0])
+            unstacked = [jax.tree.map(lambda leaf: leaf[number], stack) for number in range(count)]
+            params = params | {tower: params[tower] | {"layers": unstacked}}
     return jax.device_put(params)
 
 
@@ -147,7 +148,7 @@ def prefill(model: molmo2.Molmo2, params, batch: types.Batch, last_BQ):
 
 def step(model: molmo2.Molmo2, params, tokens_BQ, positions_BQ, where: text.Step, memory):
     """Returns (float32[B, Q, V] logits behind one new token per question, the memory with it)."""
-    x_BQD = model.apply({"params": params}, tokens_BQ, method="embed_answers")
+    x_BQD = model.apply({"params": params}, tokens_BQ, method="embed_tokens")
     hidden_BQD, memory = model.apply({"params": params}, x_BQD, positions_BQ, where, memory, method="decode")
     return model.apply({"params": params}, hidden_BQD, method="logits"), memory
 
@@ -163,10 +164,11 @@ def remember(prompt, num_questions: int, num_new: int, dtype: str | None = None)
         kept = [remember(jax.tree.map(lambda x: x[None], one), num_questions, num_new, dtype)
                 for one in prompt]
         return [one._replace(prompt=jax.tree.map(lambda x: x[0], one.prompt)) for one in kept]
-    prompt = jax.tree.map(lambda x: x.swapaxes(-3, -2).astype(dtype or x.dtype), prompt)
-    L, B, K, _, H = prompt.k.shape
-    room = jnp.zeros((L, B, num_questions, K, num_new, H), prompt.k.dtype)
-    return text.Memory(prompt, text.Cache(room, room))
+    k, v = (x.astype(dtype or x.dtype) for x in prompt)
+    L, B, _, K, H = k.shape
+    room = jnp.zeros((L, B, num_questions, K, num_new, H), k.dtype)
+    return text.Memory(text.Cache(k.transpose(0, 1, 3, 4, 2), v.swapaxes(2, 3)),
+                       text.Cache(room.swapaxes(-2, -1), room))
 
 
 def seen_of_prompt(end_BT, last_BQ):

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +24,11 @@ from molmo2_jax.inputs import media
 from molmo2_jax.inputs import packing
 from molmo2_jax.inputs import points as points_lib
 from molmo2_jax.inputs import sequence as sequences
+from molmo2_jax.inputs import stops
 from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.model import molmo2
+
+STREAM_EVERY = 4  # tokens between pieces of a streamed answer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,8 @@ class Answer:
 
     points: of all tags; index is the image number (from 1) or the time in seconds; pixels of the source.
     tracks: of <tracks> tags, by time.
-    is_complete: whether the model ended the answer itself, within the limit of new tokens.
+    is_complete: whether EOS or a stop string ended the answer, within the limit of new tokens; the text ends
+      before either.
     seconds: "read" the media, "answer" all questions of the same device call.
     """
     text: str
@@ -64,6 +68,13 @@ class Answer:
     def __str__(self):
         lines = [f"  {point.id} at ({point.x:.0f}, {point.y:.0f}), {point.index:g}" for point in self.points]
         return "\n".join([self.text, *lines])
+
+
+class Piece(NamedTuple):
+    """Newly complete text of the answer to one question; the last one comes with the whole Answer."""
+    question: int             # its number, from 0
+    text: str
+    answer: Answer | None
 
 
 class Prompt(NamedTuple):
@@ -131,24 +142,48 @@ def question_tree(crops: types.Crops | None, questions: Sequence[Question],
     return tree, tuple(int(end) for end in root + np.cumsum(lengths) - 1)
 
 
+class _Writer:
+    """Turns the growing ids of an answer into text: whole characters, and never part of a stop string."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str]):
+        self._decoder = tokenizers.StreamDecoder(tokenizer)
+        self._stop, self._read, self._text, self._given = stop, 0, "", 0
+        self.is_over = False
+
+    def write(self, ids: Sequence[int], is_over: bool) -> str:
+        """Returns the text that is new; `ids` are all of the answer so far."""
+        self._text += "".join(self._decoder.feed(int(one)) for one in ids[self._read:])
+        self._read, self.is_over = len(ids), is_over
+        if is_over:
+            shown = stops.cut(self._text + self._decoder.flush(), self._stop)
+        else:
+            shown = stops.settled(self._text, self._stop)
+        new, self._given = shown[self._given:], len(shown)
+        return new
+
+
 class Answerer:
     """A model ready to answer: configs, parameters on the devices, tokenizer, way of sampling.
 
+    stop: texts that end an answer like EOS does; they are not part of it.
+    cache_dtype: of the kept keys and values; None keeps the dtype of the computation.
     shapes: the row sizes compiled so far.
     """
 
     def __init__(self, params, config: configs.Molmo2Config, inputs: configs.InputConfig,
                  tokenizer: tokenizers.Tokenizer, *, max_new_tokens: int = 512,
                  sampling: decode.Sampling = decode.GREEDY, dtype: str = "float32",
-                 cache_dtype: str | None = None):
+                 cache_dtype: str | None = None, stop: Sequence[str] = ()):
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1; got {max_new_tokens}")
         self.config, self.inputs, self.tokenizer = config, inputs, tokenizer
-        self.max_new_tokens, self.sampling = max_new_tokens, sampling
+        self.max_new_tokens, self.sampling, self.stop = max_new_tokens, sampling, stops.check(stop)
         self.shapes: set[Shape] = set()
         self._model = molmo2.Molmo2(config, dtype=dtype, remat="none")
-        self._params = jax.device_put(params)
-        self._cache_dtype = cache_dtype
+        self._params = decode.ready(params, dtype)
+        self._options = dict(
+            eos=tokenizer.eos_id, num_new=round_up(max_new_tokens, 32), sampling=sampling,
+            stops=jax.device_put(stops.token_table(self.stop, tokenizer)), cache_dtype=cache_dtype)
         windows = (config.connector.image_window, config.connector.video_window)
         self._window = max(math.prod(window) for window in windows)
 
@@ -159,6 +194,37 @@ class Answerer:
           ValueError: the media cannot be read, or media, question and answer do not fit the model.
         """
         return self.run([self.prompt(example, questions)])[0]
+
+    def stream(self, example: types.Example, questions: Sequence[Question | str], *,
+               every: int = STREAM_EVERY) -> Iterator[Piece]:
+        """Returns an iterator over the text of all answers while they are written; raises as `answer`.
+
+        The pieces of a question joined are the text of its Answer. Whoever stops iterating stops the device.
+
+        Args:
+          every: tokens per question between pieces; after the first one, which comes alone.
+        """
+        if every < 1:
+            raise ValueError(f"every must be >= 1 token; got {every}")
+        return self._stream(self.prompt(example, questions), every)
+
+    def _stream(self, prompt: Prompt, every: int) -> Iterator[Piece]:
+        start = time.perf_counter()
+        shape = shape_of(prompt)
+        self.shapes.add(shape)
+        batch, wanted = self._batch([prompt], shape, 1, None)
+        writers = [_Writer(self.tokenizer, self.stop) for _ in prompt.questions]
+        for answers in decode.stream(self._model, self._params, batch, wanted, every=every, **self._options):
+            for q, writer in enumerate(writers):
+                if writer.is_over:
+                    continue
+                length = int(answers.length[0, q])
+                is_over = bool(answers.ended[0, q]) or length >= wanted.limit[0, q]
+                text = writer.write(answers.tokens[0, q, :length], is_over)
+                if is_over:
+                    yield Piece(q, text, self._read(prompt, answers, 0, q, time.perf_counter() - start))
+                elif text:
+                    yield Piece(q, text, None)
 
     def prompt(self, example: types.Example, questions: Sequence[Question | str]) -> Prompt:
         """Returns the questions about one visual input, ready for `run`; raises as `answer`."""
@@ -195,9 +261,7 @@ class Answerer:
         shape = shape or Shape(*(max(sizes) for sizes in zip(*map(shape_of, prompts))))
         self.shapes.add(shape)
         batch, wanted = self._batch(prompts, shape, rows or len(prompts), draws)
-        answers = decode.generate(self._model, self._params, batch, wanted, eos=self.tokenizer.eos_id,
-                                  num_new=round_up(self.max_new_tokens, 32), sampling=self.sampling,
-                                  cache_dtype=self._cache_dtype)
+        answers = decode.generate(self._model, self._params, batch, wanted, **self._options)
         answers = jax.device_get(answers)
         seconds = time.perf_counter() - start
         return [[self._read(prompt, answers, row, q, seconds) for q in range(len(prompt.questions))]
@@ -243,7 +307,7 @@ class Answerer:
 
     def _read(self, prompt: Prompt, answers: decode.Answers, row: int, q: int, seconds: float) -> Answer:
         length = int(answers.length[row, q])
-        text = self.tokenizer.decode(answers.tokens[row, q, :length])
+        text = stops.cut(self.tokenizer.decode(answers.tokens[row, q, :length]), self.stop)
         found, tracks = read_points(text, prompt.view)
         return Answer(
             text=text, points=found, tracks=tracks, is_complete=bool(answers.ended[row, q]),

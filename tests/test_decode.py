@@ -204,6 +204,47 @@ def test_an_answer_stops_at_eos_and_is_padded_with_it():
         assert (answers.tokens[0, question, length:] == eos).all()
 
 
+def test_a_stop_table_ends_an_answer_with_the_token_that_reaches_minus_one():
+    tree = prompt_tree(QWEN, 8, 2, (4, 6))
+    free = np.asarray(answers_of([tree]).tokens[0])
+    first, second = (int(token) for token in free[0, 2:4])
+    stops = np.zeros((16, QWEN.text.vocab_size), np.int32)
+    stops[0, first] = stops[1, first] = 1
+    stops[1, second] = -1  # `first` and then `second`
+    answers = answers_of([tree], stops=stops)
+    for question in range(2):
+        pairs = zip(free[question], free[question, 1:])
+        length = next((at + 2 for at, pair in enumerate(pairs) if pair == (first, second)), 10)
+        assert answers.length[0, question] == length and answers.ended[0, question] == (length < 10)
+        np.testing.assert_array_equal(answers.tokens[0, question, :length], free[question, :length])
+    assert answers.ended[0, 0]
+
+
+def test_a_stream_goes_through_the_answers_and_ends_with_them():
+    trees = [prompt_tree(QWEN, 9, 1, (2, 3)), prompt_tree(QWEN, 10, 1, (4,))]
+    expected = answers_of(trees)
+    last = np.full((3, 3), -1, np.int32)
+    last[:2] = questions(trees, 3).last
+    wanted = questions([*trees, trees[0]], 3)._replace(last=last)
+    batch = packing.stack([row(QWEN, one) for one in [*trees, trees[0]]])
+    parts = list(decode.stream(molmo2.Molmo2(QWEN), params_of(QWEN), batch, wanted, eos=NO_EOS, num_new=10,
+                               every=4))
+    assert [int(part.length.max()) for part in parts] == [1, 5, 9, 10]
+    for part in parts:
+        count = int(part.length.max())
+        np.testing.assert_array_equal(part.tokens[..., :count], expected.tokens[..., :count])
+    jax.tree.map(np.testing.assert_array_equal, parts[-1], jax.device_get(expected))
+
+
+@pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
+def test_layers_one_by_one_write_what_stacked_ones_write(config):
+    tree, model = prompt_tree(config, 14, 2, (3, 5)), molmo2.Molmo2(config)
+    answers = [decode.generate(model, decode.ready(params_of(config), "float32", unroll), row(config, tree),
+                               questions([tree], 2), eos=NO_EOS, num_new=10) for unroll in (False, True)]
+    np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
+    np.testing.assert_allclose(answers[0].logprob, answers[1].logprob, atol=LOGPROB_TOLERANCE)
+
+
 def test_each_question_has_its_own_limit_and_absent_ones_have_no_answer():
     trees = [prompt_tree(QWEN, 9, 1, (2, 3)), prompt_tree(QWEN, 10, 1, (4,))]
     free = answers_of(trees)

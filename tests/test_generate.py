@@ -141,6 +141,40 @@ def saying(monkeypatch, text):
     monkeypatch.setattr(decode, "generate", generated)
 
 
+def test_an_answer_ends_before_a_stop_string(tmp_path):
+    clip = example(video=write_video(tmp_path / "a.mp4"))
+    prompts = ["What?", "Where is it?"]
+    free, other = run((clip, prompts))[0]
+    stop = free.text[len(free.text) // 2:][:2]
+    one = generate.Answerer(params(), CONFIG, INPUTS, tokenizer(), max_new_tokens=NEW, stop=(stop, "never"))
+    answers = one.answer(clip, prompts)
+    assert answers[0].text == free.text[:free.text.index(stop)] and answers[0].is_complete
+    assert answers[0].new_tokens < free.new_tokens and not free.is_complete
+    assert answers[1].text == other.text.split(stop)[0]
+    pieces = list(one.stream(clip, prompts))
+    assert ["".join(piece.text for piece in pieces if piece.question == q) for q in (0, 1)] == [
+        answer.text for answer in answers]
+
+
+def test_a_stream_gives_the_text_of_the_answers_in_pieces_and_compiles_nothing_new(tmp_path):
+    clip = example(video=write_video(tmp_path / "a.mp4"))
+    prompts = ["Point to the red circle.", "What?"]
+    expected = answerer().answer(clip, prompts)
+    before = decode.begin._cache_size(), decode.advance._cache_size()
+    pieces = list(answerer().stream(clip, prompts, every=3))
+    assert (decode.begin._cache_size(), decode.advance._cache_size()) == before
+    for q, answer in enumerate(expected):
+        mine = [piece for piece in pieces if piece.question == q]
+        assert "".join(piece.text for piece in mine) == answer.text and len(mine) > 2
+        assert [piece.answer for piece in mine[:-1]] == [None] * (len(mine) - 1)
+        same(mine[-1].answer, answer)
+    started = answerer().stream(clip, prompts)
+    assert next(started).text == pieces[0].text
+    started.close()
+    with pytest.raises(ValueError, match="every must be >= 1"):
+        answerer().stream(clip, prompts, every=0)
+
+
 def test_points_come_in_pixels_and_seconds_of_the_source(tmp_path, monkeypatch):
     saying(monkeypatch, '<points coords="0.5 1 500 250;1.0 2 000 1000">dog</points>')
     answer = answerer().answer(example(video=write_video(tmp_path / "a.mp4")), ["Point."])[0]
@@ -191,8 +225,8 @@ def test_clips_of_similar_size_share_one_compilation(tmp_path):
         clip = example(video=write_video(tmp_path / f"{seed}.mp4", seed, frames))
         one.answer(clip, ["What?", "Where is it?"])
         if not seed:
-            before = decode.advance._cache_size()
-    assert decode.advance._cache_size() == before
+            before = decode.begin._cache_size(), decode.advance._cache_size()
+    assert (decode.begin._cache_size(), decode.advance._cache_size()) == before
 
 
 def test_sizes_are_rounded_to_two_steps_per_octave():

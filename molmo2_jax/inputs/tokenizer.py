@@ -125,6 +125,16 @@ class Tokenizer:
         """Returns the vocabulary entry of an id, in byte-level spelling; None if there is none."""
         return self._tokenizer.id_to_token(int(token_id))
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """Returns what a vocabulary entry stands for, in UTF-8; b"" for an id without one."""
+        token = self.token(token_id)
+        if token is None:
+            return b""
+        try:
+            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
+        except KeyError:  # an added token, spelt as plain text
+            return token.encode("utf-8")
+
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json (BOS and EOS) into `folder`."""
         folder = pathlib.Path(folder)
@@ -197,14 +207,7 @@ class StreamDecoder:
         if token_id == self._tokenizer.eos_id:
             self._is_over |= not (is_first and self._tokenizer.bos_id == token_id)
             return ""
-        token = None if self._is_over else self._tokenizer.token(token_id)
-        if token is None:
-            return ""
-        try:
-            data = bytes(_BYTE_OF_LETTER[letter] for letter in token)
-        except KeyError:  # an added token, spelt as plain text
-            data = token.encode("utf-8")
-        return self._utf8.decode(data)
+        return "" if self._is_over else self._utf8.decode(self._tokenizer.bytes_of(token_id))
 
     def flush(self) -> str:
         """Returns what an unfinished character at the end decodes to."""

@@ -180,8 +180,13 @@ class SwiGLU(nn.Module):
 def stacked_params(module: nn.Module, name: str, block: nn.Module, num_layers: int, *example):
     """Returns the parameters of `num_layers` copies of `block`, stacked on a leading "layers" axis.
 
-    They belong to `module` under `name`; `example` is a small input that `block` accepts.
+    They belong to `module` under `name`; `example` is a small input that `block` accepts. Parameters that
+    were given as a list, one tree per layer (see decode.ready), are returned as that list.
     """
+    given = module.get_variable("params", name)
+    if isinstance(given, list):
+        return given
+
     def init(key):
         keys = jax.random.split(key, num_layers)
         stacked = jax.vmap(lambda k: block.init(k, *example)["params"])(keys)
@@ -190,9 +195,18 @@ def stacked_params(module: nn.Module, name: str, block: nn.Module, num_layers: i
 
 
 def run_stack(body: Callable, carry, xs, remat: str):
-    """Scans `body(carry, x) -> (carry, y)` over the leading axis of `xs`, rematerialised by policy name."""
+    """Scans `body(carry, x) -> (carry, y)` over the leading axis of `xs`, rematerialised by policy name.
+
+    A list `xs` is gone through unrolled, as it is, and `y` becomes a list.
+    """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat must be one of {tuple(REMAT_POLICIES)}; got {remat!r}")
+    if isinstance(xs, list):
+        ys = []
+        for x in xs:
+            carry, y = body(carry, x)
+            ys.append(y)
+        return carry, ys
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(body, carry, xs)

@@ -51,12 +51,10 @@ class Molmo2(nn.Module):
 
     def embed_tokens(self, tokens_BT):
         """Returns [B, T, D]; ids from V on hit the second table, which only inputs use."""
-        table = jnp.concatenate([self.base_embedding, self.new_embedding]).astype(self.dtype)
-        return table[tokens_BT]
-
-    def embed_answers(self, tokens_BQ):
-        """Returns [B, Q, D] of tokens that the model wrote, which are of the base vocabulary."""
-        return self.base_embedding[tokens_BQ].astype(self.dtype)
+        V = self.config.text.vocab_size
+        base_BTD = self.base_embedding[jnp.minimum(tokens_BT, V - 1)]
+        new_BTD = self.new_embedding[jnp.maximum(tokens_BT - V, 0)]
+        return jnp.where(tokens_BT[..., None] < V, base_BTD, new_BTD).astype(self.dtype)
 
     def embed(self, tokens_BT, patches_BMPC, pooled_BRW):
         """Returns [B, T, D] embeddings with the visual tokens added."""

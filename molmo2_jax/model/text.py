@@ -31,10 +31,11 @@ class Cache(NamedTuple):
 class Memory(NamedTuple):
     """What decoding has read and written: the prompts of all rows, shared by their answers, and these.
 
-    Heads stand before tokens, so that no step has to transpose what it reads.
+    Axes are in the order in which they are multiplied, so that no step has to transpose what it reads.
+    In a list of layers L is missing from the prompt, and 1 in the answers.
     """
-    prompt: Cache   # [L, B, K, T, H]
-    answers: Cache  # [L, B, Q, K, S, H]; in a list of layers, each with L = 1
+    prompt: Cache   # keys [L, B, K, H, T], values [L, B, K, T, H]
+    answers: Cache  # keys [L, B, Q, K, H, S], values [L, B, Q, K, S, H]
 
 
 class Step(NamedTuple):
@@ -85,10 +86,8 @@ class Attention(nn.Module):
             out = attend.attend(q, k, v, mask, self.implementation)
         else:
             prompt, written, layer = memory
-            at = (layer, 0, 0, 0, mask.slot, 0)  # in place: all layers are carried, not sliced and stacked
-            k, v = (jax.lax.dynamic_update_slice(old, new[None, :, :, :, None].astype(old.dtype), at)
-                    for old, new in zip(written, (k, v)))
-            out = answers.attend(q, Cache(*prompt), mask.seen_BQT, Cache(k[layer], v[layer]), mask.slot)
+            k, v = answers.write(*written, k, v, layer, mask.slot)
+            out = answers.attend(q, *prompt, mask.seen_BQT, k[layer], v[layer], mask.slot)
         out = layers.Linear((c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), 2,
                             init_std=c.init_std, dtype=self.dtype, name="o")(out)
         return out, (k, v)
@@ -140,10 +139,8 @@ class Decoder(nn.Module):
         dot = jnp.zeros((1, 1, c.width))
         angle = jnp.zeros((1, 1, c.head_dim // 2))
         alone = tree_mask.TreeMask(jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), -1))
-        given = self.get_variable("params", "layers")
-        stack = given if isinstance(given, list) else layers.stacked_params(
-            self, "layers", Block(c, self.dtype, "dense", parent=None), c.num_layers, dot, angle, angle,
-            alone)
+        stack = layers.stacked_params(self, "layers", Block(c, self.dtype, "dense", parent=None),
+                                      c.num_layers, dot, angle, angle, alone)
 
         if memory is None:
             mask = attend.plan(mask, c.num_heads, c.num_kv_heads, c.head_dim, self.implementation)

@@ -69,7 +69,8 @@ class VisionTransformer(nn.Module):
         stack = layers.stacked_params(self, "layers", block, c.num_layers, jnp.zeros((1, 1, c.width)))
         outputs, start = {}, 0
         for tap in sorted(set(self.taps)):  # run up to each tap in turn; nothing behind the last is computed
-            segment = jax.tree.map(lambda p: p[start:tap + 1], stack)
+            part = slice(start, tap + 1)
+            segment = stack[part] if isinstance(stack, list) else jax.tree.map(lambda p: p[part], stack)
             x, _ = layers.run_stack(lambda x, p: (block.apply({"params": p}, x), None), x, segment,
                                     self.remat)
             outputs[tap], start = x, tap + 1
