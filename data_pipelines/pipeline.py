@@ -19,6 +19,7 @@ from typing import Any
 
 import grain
 
+from data_pipelines import formats
 from data_pipelines import ledger
 from data_pipelines import order
 from data_pipelines import positions
@@ -58,6 +59,7 @@ class DataConfig:
     num_workers: int = 2                  # processes of each host; 0: a thread of the main process
     worker_prefetch: int = 4              # sequences that each process prepares in advance
     prefetch: int = 2                     # batches packed in advance
+    weights: formats.Weights = formats.Weights()
     num_templates: int | None = None      # wordings of each kind of question; None: all
     max_broken: int = 100
     lessons: tuple[int, ...] = ()
@@ -139,7 +141,7 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
         order=order.Order(list(sizes.values()), lessons, data.seed),
         examples=tuple(examples.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
         max_tokens=shape["T"], max_crops=shape["M"], max_visual_tokens=shape["R"],
-        num_templates=data.num_templates)
+        num_templates=data.num_templates, weights=data.weights)
     mine = number // shard_count
     return Batches(data, preparer, errors, number, range(shard_index * mine, (shard_index + 1) * mine))
 

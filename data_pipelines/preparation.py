@@ -44,7 +44,8 @@ def _refusing(reason: str) -> Iterator[None]:
 def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.InputConfig,
             tokenizer: tokenizers.Tokenizer, rng: np.random.Generator, *, train: bool = True,
             max_tokens: int | None = None, weight: types.LossWeight | float | None = None,
-            high_res_share: float = 0.0, num_templates: int | None = None) -> types.Sequence:
+            high_res_share: float = 0.0, num_templates: int | None = None,
+            weights: formats.Weights = formats.Weights()) -> types.Sequence:
     """Returns the Sequence of an example; every random choice comes from `rng`.
 
     Args:
@@ -53,6 +54,7 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
       weight: takes the place of the branches' LossWeight, or a number that of its scale.
       high_res_share: probability that a single image is cut into up to high_res_crops tiles.
       num_templates: wordings of a question that are used; None: all.
+      weights: constants of the loss weights.
 
     Raises:
       Refused: (a ValueError) the media cannot be read, an annotation does not fit them, or the visual
@@ -64,10 +66,11 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
                                 high_res=high_res_share if train else 0.0)
     with _refusing(ledger.ANNOTATION):
         branches = formats.to_branches(example, frames_or_sizes=view, rng=rng, train=train,
-                                       num_templates=num_templates)
+                                       num_templates=num_templates, weights=weights)
         places = rng.permutation(len(branches)) if train else range(len(branches))
         branches = [_weighted(branches[place], weight) for place in places]
-        result = sequences.build(crops, branches, tokenizer, max_tokens=max_tokens)
+        result = sequences.build(crops, branches, tokenizer, max_tokens=max_tokens,
+                                 length_factor=weights.length_factor)
     with _refusing(ledger.SIZE):
         return result if max_tokens is None else sequences.truncate(result, max_tokens)
 
@@ -95,7 +98,7 @@ class Preparer:
 
     Runs in worker processes, so it holds nothing but plain values.
 
-    max_tokens, max_crops, max_visual_tokens: budgets of a row. num_templates: as in `prepare`.
+    max_tokens, max_crops, max_visual_tokens: budgets of a row. num_templates, weights: as in `prepare`.
     killers: (data set, index) that must not be touched again, as they kill the process.
     careful: numbers among which such an example is suspected: results leave the process one by one.
     """
@@ -109,6 +112,7 @@ class Preparer:
     max_crops: int
     max_visual_tokens: int
     num_templates: int | None = None
+    weights: formats.Weights = formats.Weights()
     killers: frozenset[tuple[int, int]] = frozenset()
     careful: range = range(0)
 
@@ -138,7 +142,7 @@ class Preparer:
         """
         result = prepare(example, self.model, self.inputs, self.tokenizer, rng, max_tokens=self.max_tokens,
                          weight=member.weight, high_res_share=member.high_res_share,
-                         num_templates=self.num_templates)
+                         num_templates=self.num_templates, weights=self.weights)
         for what, used, limit in (("crops", len(result.patches), self.max_crops),
                                   ("visual tokens", len(result.pooled), self.max_visual_tokens)):
             if used > limit:

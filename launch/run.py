@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # The names that bindings given on the command line may use.
 _HEADER = """from __gin__ import dynamic_registration
+from data_pipelines import formats
 from data_pipelines import pipeline
 from launch import run
 from molmo2_jax import config

@@ -25,8 +25,21 @@ _ASK: dict[str, Callable[[Mapping, views.View], tuple[str, ...] | None]] = {
     "caption": questions.ask_caption,
 }
 
-POINTING_WEIGHT = types.LossWeight(scale=0.2, by_length=False, by_branches=False)
-VIDEO_CAPTION_WEIGHT = types.LossWeight(scale=0.1, by_length=False, by_branches=False)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Constants of the loss weights of answers that bring none of their own (paper, section 3.2).
+
+    pointing, video_captions: of each answer token of points and tracks, and of captions of videos.
+    length_factor: the 2 of 2 / sqrt(n tokens) for all other answers; the paper prints 4, its code has 2.
+    """
+    pointing: float = 0.2
+    video_captions: float = 0.1
+    length_factor: float = 2.0
+
+    def __post_init__(self):
+        if not (self.pointing >= 0 and self.video_captions >= 0 and self.length_factor > 0):
+            raise ValueError(f"weights must be >= 0 and length_factor > 0; got {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Formatted:
 
 def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Sequence[tuple[int, int]],
                    rng: np.random.Generator | np.random.RandomState, train: bool,
-                   num_templates: int | None = None) -> Formatted:
+                   num_templates: int | None = None, weights: Weights = Weights()) -> Formatted:
     """Returns the branches of an example and where they came from. The caller shuffles them for training.
 
     Args:
@@ -51,6 +64,7 @@ def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Se
       train: random wording and layouts; else the plain ones.
       num_templates: use only the first so many templates of each family; None: all. With 1, multiple choice
         has the layout of evaluation.
+      weights: of answers without a weight of their own.
 
     Raises:
       ValueError: naming example and annotation, if a point lies outside its frame, or the declared size is
@@ -68,7 +82,7 @@ def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Se
             continue
         if "prompt" in annotation:
             turns = (annotation["prompt"], *turns[1:])
-        branches.append(types.Branch(turns=tuple(turns), weight=_weight(annotation, view)))
+        branches.append(types.Branch(turns=tuple(turns), weight=_weight(annotation, view, weights)))
         annotations.append(number)
     return Formatted(branches=tuple(branches), annotations=tuple(annotations), dropped=tuple(dropped))
 
@@ -91,12 +105,12 @@ def _view(example, frames_or_sizes, rng, train, num_templates) -> views.View:
                       train=train, num_templates=num_templates)
 
 
-def _weight(annotation: Mapping, view: views.View) -> types.LossWeight:
-    """Returns the annotation's own loss weight or that of the recipe (paper, section 3.2)."""
+def _weight(annotation: Mapping, view: views.View, weights: Weights) -> types.LossWeight:
+    """Returns the annotation's own loss weight or that of the recipe."""
     if "weight" in annotation:
         return annotation["weight"]
     if annotation["type"] in ("points", "tracks"):
-        return POINTING_WEIGHT
+        return types.LossWeight(scale=weights.pointing, by_length=False, by_branches=False)
     if annotation["type"] == "caption" and view.medium == "video":
-        return VIDEO_CAPTION_WEIGHT
+        return types.LossWeight(scale=weights.video_captions, by_length=False, by_branches=False)
     return types.LossWeight()

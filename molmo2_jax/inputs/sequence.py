@@ -36,14 +36,16 @@ class _Encoded:
 
 
 def build(crops: types.Crops | None, branches: Listing[types.Branch], tokenizer: tokenizers.Tokenizer, *,
-          max_tokens: int | None = None, max_text_tokens: int | None = None) -> types.Sequence:
+          max_tokens: int | None = None, max_text_tokens: int | None = None,
+          length_factor: float = 2.0) -> types.Sequence:
     """Returns the Sequence of a visual input (None: text only) and its branches, in the order given.
 
     One branch is one conversation: `branch` is -1 throughout. An odd number of turns, allowed for one branch
     only, asks for the next answer: nothing is shifted, targets and weights are 0.
     A branch whose first loss token would lie at `max_tokens` or beyond is left out with all later ones;
     branch 0 always stays, and nothing is cut here (see `truncate`). Branches also end with the one that
-    reaches `max_text_tokens`. Text-only sequences have 0 crops of 0 patches.
+    reaches `max_text_tokens`. Text-only sequences have 0 crops of 0 patches. `length_factor` is the 2 of
+    2 / sqrt(n) in LossWeight (the paper prints 4).
 
     Raises:
       ValueError: no branch, an empty answer, special tokens in a text, a question without answer in a tree,
@@ -57,13 +59,13 @@ def build(crops: types.Crops | None, branches: Listing[types.Branch], tokenizer:
         raise ValueError(f"crops must have one pooled row per <im_patch> token, {patches}; "
                          f"got {len(crops.pooled)}")
     if len(branches) == 1:
-        return _conversation(crops, branches[0], tokenizer)
+        return _conversation(crops, branches[0], tokenizer, length_factor)
     for number, branch in enumerate(branches):
         if len(branch.turns) % 2:
             raise ValueError("branches of a tree must end with an answer; "
                              f"got {len(branch.turns)} turns in branch {number}")
     encoded = _admit(branches, tokenizer, len(crops.tokens), max_tokens, max_text_tokens)
-    return _tree(crops, encoded, tokenizer)
+    return _tree(crops, encoded, tokenizer, length_factor)
 
 
 def _encode(branch: types.Branch, tokenizer: tokenizers.Tokenizer) -> _Encoded:
@@ -79,8 +81,8 @@ def _encode(branch: types.Branch, tokenizer: tokenizers.Tokenizer) -> _Encoded:
     return _Encoded(np.array(ids, np.int32), np.array(is_learnt, bool), branch.weight)
 
 
-def _weight(rule: types.LossWeight, num_loss_tokens: int, num_branches: int) -> float:
-    by_length = 2 / math.sqrt(num_loss_tokens) if rule.by_length else 1.0
+def _weight(rule: types.LossWeight, num_loss_tokens: int, num_branches: int, length_factor: float) -> float:
+    by_length = length_factor / math.sqrt(num_loss_tokens) if rule.by_length else 1.0
     by_branches = 1 / math.sqrt(num_branches) if rule.by_branches else 1.0
     return rule.scale * by_length * by_branches
 
@@ -101,7 +103,7 @@ def _admit(branches, tokenizer, num_visual: int, max_tokens, max_text_tokens) ->
     return admitted
 
 
-def _conversation(crops: types.Crops, branch: types.Branch, tokenizer) -> types.Sequence:
+def _conversation(crops: types.Crops, branch: types.Branch, tokenizer, length_factor) -> types.Sequence:
     encoded = _encode(branch, tokenizer)
     tokens = np.concatenate([[tokenizer.bos_id], crops.tokens, encoded.ids]).astype(np.int32)
     if len(branch.turns) % 2:
@@ -112,14 +114,14 @@ def _conversation(crops: types.Crops, branch: types.Branch, tokenizer) -> types.
         is_learnt[len(tokens) - len(encoded.ids) - 1:-1] = encoded.is_learnt
         is_learnt[-1] = True  # EOS
         # a tree counts the tokens before its EOS, a conversation counts EOS as well (as the reference)
-        weights = is_learnt * np.float32(_weight(branch.weight, int(is_learnt.sum()), 1))
+        weights = is_learnt * np.float32(_weight(branch.weight, int(is_learnt.sum()), 1, length_factor))
     return types.Sequence(
         tokens=tokens, targets=targets, weights=weights.astype(np.float32),
         positions=np.arange(len(tokens), dtype=np.int32), branch=np.full(len(tokens), -1, np.int32),
         image=_image(crops, len(tokens)), patches=crops.patches, pooled=crops.pooled)
 
 
-def _tree(crops: types.Crops, branches: list[_Encoded], tokenizer) -> types.Sequence:
+def _tree(crops: types.Crops, branches: list[_Encoded], tokenizer, length_factor) -> types.Sequence:
     root = np.concatenate([[tokenizer.bos_id], crops.tokens])
     first = branches[0].ids[:1]
     tokens, targets = [root], [root[1:], first]
@@ -127,7 +129,7 @@ def _tree(crops: types.Crops, branches: list[_Encoded], tokenizer) -> types.Sequ
     positions, branch_ids = [np.arange(len(root))], [np.full(len(root), -1)]
     for number, branch in enumerate(branches):
         length = len(branch.ids)
-        weight = _weight(branch.weight, int(branch.is_learnt.sum()), len(branches))
+        weight = _weight(branch.weight, int(branch.is_learnt.sum()), len(branches), length_factor)
         tokens.append(branch.ids)
         targets += [branch.ids[1:], [tokenizer.eos_id]]
         weights.append(np.append(branch.is_learnt[1:], True) * np.float32(weight))

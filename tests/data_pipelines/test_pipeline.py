@@ -15,6 +15,7 @@ import grain
 import numpy as np
 import pytest
 
+from data_pipelines import formats
 from data_pipelines import ledger
 from data_pipelines import pipeline
 from data_pipelines import preparation
@@ -398,6 +399,19 @@ def test_a_mixture_may_replace_loss_weights(folder, tokenizer):
         return preparation.prepare(example, MODEL, INPUTS, tokenizer, rng, weight=weight).weights.max()
     assert weight_of(types.LossWeight(scale=0.25, by_length=False, by_branches=False)) == 0.25
     assert weight_of(3.0) == pytest.approx(3 * weight_of(None), rel=1e-6)
+
+
+def test_constants_of_loss_weights_are_settings(folder, tokenizer):
+    qa = {"type": "qa", "question": "Sky?", "answer": "blue"}
+
+    def weights_of(annotations, **constants):
+        example = types.Example(annotations=annotations)
+        return preparation.prepare(example, MODEL, INPUTS, tokenizer, preparation.generator(0, 0),
+                                   weights=formats.Weights(**constants)).weights.max()
+    assert weights_of((qa,), length_factor=4.0) == pytest.approx(2 * weights_of((qa,)), rel=1e-6)
+    assert weights_of((qa, qa), length_factor=4.0) == pytest.approx(2 * weights_of((qa, qa)), rel=1e-6)
+    with pytest.raises(ValueError, match="length_factor > 0"):
+        formats.Weights(length_factor=0.0)
 
 
 @pytest.mark.parametrize("fields, rule", [
