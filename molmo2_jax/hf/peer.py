@@ -25,6 +25,7 @@ def load(folder: str | pathlib.Path):
     Raises:
       ValueError: tensors are missing, left over or of another shape, or the folder cannot be loaded.
     """
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, output_loading_info=True, dtype=torch.float32)

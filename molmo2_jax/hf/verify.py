@@ -156,6 +156,9 @@ def _read_configs(folder: pathlib.Path) -> tuple[config_lib.Molmo2Config, str]:
 def _check_fields(folder: pathlib.Path) -> str:
     problems, count = [], 0
     for file, sections in FIELDS.items():
+        if not (folder / file).is_file():
+            problems.append(f"{file} is missing")
+            continue
         values = processor.read_json(folder / file)
         for section, fields in sections.items():
             part = values.get(section) if section else values

@@ -76,7 +76,8 @@ def test_loss_and_gradients_of_a_packed_tree_equal_autograd(style, tmp_path):
             module = molmo2.Molmo2(config)
             hidden = module.apply({"params": params}, batch, method="hidden")
             head = lambda x: module.apply({"params": params}, x, method="logits")
-            sums = loss.chunked_sums(hidden, head, batch.targets, batch.weights, 16)
+            sums = loss.chunked_sums(hidden, head, apply(method="head_kernel"), batch.targets, batch.weights, 16,
+                                     "float32")
             return loss.objective(sums, Z_WEIGHT)[0]
         return jax.value_and_grad(value)(params)
 

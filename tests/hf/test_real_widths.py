@@ -3,13 +3,17 @@
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from molmo2_jax import config as config_lib
 from molmo2_jax.hf import checkpoint
+from molmo2_jax.model import molmo2
 from tests import packs
 from tests.hf import test_transformers
+
+peer = pytest.importorskip("molmo2_jax.hf.peer")
 
 TOLERANCE = 2e-5  # float32; measured 9e-6 on logits of size 6
 
@@ -26,17 +30,16 @@ def shallow(preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["molmo2_4b", "molmo2_o_7b"])
+@pytest.mark.parametrize("preset", ["molmo2_4b", "molmo2_8b", "molmo2_o_7b"])
 def test_logits_at_real_widths_equal_those_of_transformers(preset, tmp_path):
     config = shallow(preset)
     params = packs.random_params(config)
     folder = checkpoint.export_checkpoint(params, config, config_lib.InputConfig(), None, tmp_path / "m")
-    model = test_transformers.load(folder)
+    model = peer.load(folder)
     shutil.rmtree(folder)  # over 1 GB, which pytest would keep for three runs
-    rng = np.random.default_rng(0)
-    visual = packs.images(rng, config, 1, num_tiles=1)
-    case = packs.sequence(rng, config, visual, (20,)), visual
-    ours = test_transformers.our_logits(config, params, [case[0]], 64, 2, 10)
-    theirs = test_transformers.their_logits(model, [case])
-    assert ours[0].std() > 0.3
-    np.testing.assert_allclose(ours[0], theirs[0], atol=TOLERANCE, rtol=0)
+    cases = test_transformers.examples(config, frames=2)
+    ends = np.cumsum([len(one.tokens) for one in cases.values()])
+    batch = packs.row(list(cases.values()), config, int(ends[-1]), 11, 44)  # packed, each sees itself only
+    logits = np.asarray(jax.jit(molmo2.Molmo2(config, remat="none").apply)({"params": params}, batch))[0]
+    ours = dict(zip(cases, np.split(logits, ends[:-1])))
+    test_transformers.assert_theirs(model, config, cases, ours, TOLERANCE)
