@@ -129,6 +129,9 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
         mixtures, known = tasks.of_folders(data.train, len(data.lessons) + 1)
     found = {member.task: member for mixture in mixtures for member in tasks.members(mixture)}
     members = tuple(found[task] for task in sorted(found))
+    missing = [known[member.task].folder for member in members
+               if not (pathlib.Path(known[member.task].folder) / "annotations.jsonl").is_file()]
+    _require(not missing, "data folders must hold annotations.jsonl", missing)
     examples, errors = {}, {}
     for member in members:
         examples[member.task], errors[member.task] = _load(member.task, known[member.task].folder)
@@ -149,8 +152,6 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
 def _load(task: str, folder: str) -> tuple[list[types.Example], list[ValueError]]:
     """Returns the examples of a folder, and one error per line that breaks the format."""
     path = pathlib.Path(folder) / "annotations.jsonl"
-    if not path.is_file():
-        raise ValueError(f"a data folder must hold annotations.jsonl; {folder} does not")
     examples, errors = sources.read_jsonl_collecting(path, source=task)
     if not examples:
         raise ValueError(f"a data folder must hold a record that can be used; got none in {path}"

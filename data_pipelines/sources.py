@@ -185,9 +185,11 @@ def _points(annotation, field, media) -> dict:
         points.append({**where, **position, "id": _identity(point.get("id", i + 1), f"{name}.id")})
     _unique([p["id"] for p in points], f"{field}.points", "id")
     mode = annotation.get("mode", "bare")
-    _require(mode in POINT_MODES, f"{field}.mode", f"must be one of {', '.join(POINT_MODES)}", mode)
+    modes = mode if isinstance(mode, list) and mode else [mode]
+    is_known = all(one in POINT_MODES for one in modes)
+    _require(is_known, f"{field}.mode", f"must be one or a list of {', '.join(POINT_MODES)}", mode)
     return {"label": _text(annotation["label"], f"{field}.label"), "points": tuple(points), "scale": scale,
-            "mode": mode}
+            "mode": modes[0], "modes": tuple(modes)}
 
 
 def _tracks(annotation, field, media) -> dict:
@@ -246,15 +248,18 @@ def _choice(annotation, field, media) -> dict:
     answer = annotation["answer"]
     _require(_is_int(answer) and 0 <= answer < len(options), f"{field}.answer",
              f"must be the index of an option, 0 to {len(options) - 1}", answer)
+    shuffle = annotation.get("shuffle", False)
+    _require(isinstance(shuffle, bool), f"{field}.shuffle", "must be true or false", shuffle)
     return {"question": _text(annotation["question"], f"{field}.question"), "options": tuple(options),
-            "answer": answer}
+            "answer": answer, "shuffle": shuffle}
 
 
 def _caption(annotation, field, media) -> dict:
     _require(media.is_video or media.num_images, field, "of type caption must have a video or images", None)
     length = annotation.get("length", "long")
     _require(length in ("long", "short"), f"{field}.length", "must be long or short", length)
-    return {"text": _text(annotation["text"], f"{field}.text"), "length": length}
+    style = {"style": _text(annotation["style"], f"{field}.style")} if "style" in annotation else {}
+    return {"text": _text(annotation["text"], f"{field}.text"), "length": length, **style}
 
 
 # type: (required fields, optional fields, function that checks them)
@@ -264,8 +269,8 @@ _TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable]] = {
     "count": (("label", "count"), (), _count),
     "qa": (("question", "answer"), ("style",), _qa),
     "chat": (("turns",), (), _chat),
-    "choice": (("question", "options", "answer"), (), _choice),
-    "caption": (("text",), ("length",), _caption),
+    "choice": (("question", "options", "answer"), ("shuffle",), _choice),
+    "caption": (("text",), ("length", "style"), _caption),
 }
 
 

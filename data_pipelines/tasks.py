@@ -1,5 +1,8 @@
 """What a run trains on, as plain data: tasks (one data folder each) and mixtures of them in groups.
 
+`pretrain` and `sft` are the recipe's mixtures, over the data sets that the paper names; schemas.convert makes
+their folders of the published rows.
+
 A mixture is a tuple of groups. A group has a share of the stream, and divides it among its members by the
 square roots of their sizes unless a member says otherwise. To train on folders of your own no entry is
 needed here: name the folders in pipeline.DataConfig.
@@ -16,8 +19,15 @@ from molmo2_jax import types
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """One data set: the folder that holds its annotations.jsonl and media (docs/data_format.md)."""
+    """One data set: the folder that holds its annotations.jsonl and media (docs/data_format.md).
+
+    schema, how: what made the folder of published rows (schemas.convert), and its further arguments.
+    examples: its published size, after trees were built; None where it is not known.
+    """
     folder: str
+    schema: str | None = None
+    how: tuple[tuple[str, str | float], ...] = ()
+    examples: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,10 +145,102 @@ def _refuse_twice(names) -> None:
         raise ValueError(f"a data folder may appear once; got {list(names)}")
 
 
-TASKS: dict[str, Task] = {
-    "shapes": Task(folder="runs/quickstart/data/clips"),
+def _task(name: str, schema: str, examples: int | None = None, **how) -> tuple[str, Task]:
+    return name, Task(folder=f"data/{name}", schema=schema, how=tuple(how.items()), examples=examples)
+
+
+_VIDEO_SETS = ("tgif tvqa_with_sub paxion moments_in_time_qa kinetics_qa llava_video_academic "
+               "perception_test cinepile qv_highlights activity_net video_localized_narratives").split()
+_IMAGE_SETS = ("vqa2 text_vqa okvqa doc_qa info_qa st_qa tally_qa plot_qa figure_qa dv_qa tabwmp_da").split()
+_COSYN = "chart chemical circuit diagram doc graphic music table".split()
+_MANTIS = "nlvr2 llava_665k_multi spot_the_diff".split()
+_TRACKS = {  # group: (share, configuration of the rows, sources)
+    "track": (0.4, "track", "mevis ref_yt_vos lv_vis vicas revos molmo2_video_track"),
+    "track_tail": (0.05, "track", "burst ref_davis17 yt_vis moca"),
+    "ground": (0.2, "ground", "mevis lv_vis vicas revos molmo2_video_track"),
+    "ground_tail": (0.01, "ground", "burst moca"),
+    "single_point": (0.15, "single_point_track", "mevis lv_vis vicas revos molmo2_video_track"),
+    "boxes": (0.2, "single_point_track", "webuav got10k vasttrack trackingnet"),
+    "boxes_tail": (0.1, "single_point_track",
+                   "burst lvosv1 lvosv2 lasot uwcot webuot latot tnl2k tnllt"),
 }
+_SIZES = {"tgif": 63_000, "tvqa_with_sub": 120_000, "paxion": 440_000, "moments_in_time_qa": 710_000,
+          "kinetics_qa": 420_000, "video_localized_narratives": 56_000, "vqa2": 83_000, "tally_qa": 130_000,
+          "llava_665k_multi": 160_000}
+
+TASKS: dict[str, Task] = {"shapes": Task(folder="runs/quickstart/data/clips")} | dict((
+    _task("pixmo_cap", "pixmo_cap", 710_000),
+    _task("pixmo_cap_with_transcripts", "pixmo_cap", 710_000, transcripts=True),
+    _task("pixmo_ask_model_anything", "ask_model_anything", 71_000),
+    _task("pixmo_cap_qa", "cap_qa", 190_000),
+    _task("molmo2_multi_image_qa", "multi_image_qa", 45_000),
+    _task("molmo2_human_qa", "human_qa", 43_000),
+    _task("molmo2_cap", "molmo2_cap", 100_000),
+    _task("molmo2_cap_qa", "video_choice", 190_000),
+    _task("molmo2_subtitle_qa", "video_choice", 100_000),
+    _task("chart_qa", "chart_qa"),
+    _task("a_okvqa", "a_okvqa"),
+    _task("molmo2_video_point_0_5", "video_point", fewest=0, most=5),
+    _task("molmo2_video_point_6_25", "video_point", fewest=6, most=25),
+    _task("molmo2_video_point_26_60", "video_point", fewest=26, most=60),
+    _task("academic_video_point", "video_point", 44_000),
+    _task("pixmo_multi_points", "multi_image_point", 470_000),
+    _task("pixmo_points", "pixmo_points", 530_000),
+    _task("pixmo_points_high_frequency", "pixmo_points"),
+    _task("pixmo_count", "pixmo_count", 74_000),
+    _task("cosyn_point", "cosyn_point", 68_000),
+    _task("tulu", "tulu", 980_000),
+    _task("tulu_short", "tulu", most_first_tokens=2304),
+    _task("hardcodes", "hardcodes"),
+    *(_task(name, "label" if name in ("moments_in_time_qa", "kinetics_qa") else "video_choice",
+            _SIZES.get(name)) for name in _VIDEO_SETS),
+    *(_task(name, "vqa", _SIZES.get(name), style=name) for name in _IMAGE_SETS),
+    *(_task(f"cosyn_{kind}", "cosyn", kind=kind) for kind in _COSYN),
+    *(_task(name, "mantis", _SIZES.get(name)) for name in _MANTIS),
+    *(_task(f"{name}_{group}", "tracks", config=kind)
+      for group, (_, kind, names) in _TRACKS.items() for name in names.split()),
+))
+
+_POINTING = types.LossWeight(scale=0.2, by_length=False, by_branches=False)
+_CAPTIONS = types.LossWeight(scale=0.1, by_length=False, by_branches=False)
+_PRETEND = {"tgif": 60_000, "tvqa_with_sub": 60_000, "paxion": 60_000, "moments_in_time_qa": 60_000,
+            "kinetics_qa": 60_000, "dv_qa": 10_000, "figure_qa": 10_000, "plot_qa": 20_000}
+
+
+def _members(names, **how) -> tuple[Member, ...]:
+    return tuple(Member(task=name, root_size_factor=_PRETEND.get(name), **how) for name in names)
+
+
+_IMAGE_POINTING = ("pixmo_points", "pixmo_count", "pixmo_points_high_frequency", "cosyn_point")
+# Video points by their number: fixed shares, whatever the sizes (root_size_factor 0).
+_VIDEO_POINT_SHARES = {"molmo2_video_point_0_5": 0.4, "molmo2_video_point_6_25": 0.3,
+                       "molmo2_video_point_26_60": 0.1, "academic_video_point": 0.2}
 
 MIXTURES: dict[str, Mixture] = {
     "shapes": (Group(rate=1.0, members=(Member(task="shapes"),)),),
+    "pretrain": (
+        Group(rate=0.6, members=_members(["pixmo_cap_with_transcripts"])),
+        Group(rate=0.3, members=_members(_IMAGE_POINTING)),
+        Group(rate=0.1, members=_members(["tulu_short"]))),
+    "sft": (
+        Group(rate=0.15, members=(
+            *_members(("pixmo_ask_model_anything", "pixmo_cap_qa", "molmo2_multi_image_qa",
+                       "molmo2_human_qa")),
+            Member(task="pixmo_cap", root_size_factor=100_000),
+            Member(task="molmo2_cap", sampling_rate=1.5, weight=_CAPTIONS))),
+        Group(rate=0.2, members=_members(("molmo2_cap_qa", "molmo2_subtitle_qa", *_VIDEO_SETS))),
+        Group(rate=0.25, members=_members(("chart_qa", "a_okvqa", *_IMAGE_SETS, *_MANTIS,
+                                           *(f"cosyn_{kind}" for kind in _COSYN)))),
+        Group(rate=0.15, members=tuple(
+            Member(task=f"{name}_{group}", sampling_rate=share / 1.11, weight=_POINTING,
+                   root_size_factor=30_000 if name == "vicas" else None)
+            for group, (share, _, names) in _TRACKS.items() for name in names.split())),
+        Group(rate=0.15, members=tuple(
+            Member(task=name, sampling_rate=share, root_size_factor=0, weight=_POINTING)
+            for name, share in _VIDEO_POINT_SHARES.items())),
+        Group(rate=0.1, members=(
+            Member(task="pixmo_multi_points", root_size_factor=200_000, weight=_POINTING),
+            *_members(_IMAGE_POINTING, weight=_POINTING, high_res_share=0.3))),
+        Group(rate=0.0995, members=_members(["tulu"])),
+        Group(rate=0.0005, members=_members(["hardcodes"]))),
 }

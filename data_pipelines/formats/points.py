@@ -33,9 +33,10 @@ def ask_points(annotation: Mapping, view: views.View) -> tuple[str, str] | None:
         if index is None:
             return None
         groups.setdefault(index, []).append(views.relative(annotation, point, view.sizes))
-    label = _label(annotation, view)
-    question = _question(annotation["mode"], label, _selection_text(selection, view), view)
-    return question, _answer(annotation["mode"], sorted(groups.items()), label)
+    label, modes = _label(annotation, view), annotation["modes"]
+    mode = modes[view.below(len(modes))] if view.train and len(modes) > 1 else modes[0]
+    question = _question(mode, label, _selection_text(selection, view), view)
+    return question, _answer(mode, sorted(groups.items()), label)
 
 
 def ask_count(annotation: Mapping, view: views.View) -> tuple[str, str]:

@@ -24,6 +24,9 @@ def ask_chat(annotation: Mapping, view: views.View) -> tuple[str, ...]:
 def ask_choice(annotation: Mapping, view: views.View) -> tuple[str, str]:
     """Returns (question with options, answer): mostly random layouts in training, else the fixed one."""
     question, options, answer = annotation["question"], annotation["options"], annotation["answer"]
+    if annotation.get("shuffle") and view.train:
+        places = view.rng.permutation(len(options))
+        options, answer = tuple(options[place] for place in places), places.tolist().index(answer)
     if view.train and view.num_templates != 1:
         shown = choices.format_training(question, options, answer, view.rng)
     else:
@@ -32,7 +35,9 @@ def ask_choice(annotation: Mapping, view: views.View) -> tuple[str, str]:
 
 
 def ask_caption(annotation: Mapping, view: views.View) -> tuple[str, str]:
-    """Returns (request for a caption, caption)."""
+    """Returns (request for a caption, caption); where the style has a prefix, that is the request."""
+    if prefix := prompt.style_prefix(annotation.get("style", "long_caption")):
+        return prefix, annotation["text"]
     is_long = annotation["length"] == "long"
     request = view.pick(templates.LONG_CAPTION if is_long else templates.SHORT_CAPTION)
     return request.format(medium=view.medium), annotation["text"]

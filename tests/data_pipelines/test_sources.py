@@ -158,7 +158,8 @@ MASK = {"id": 1, "time": 0.5, "size": [2, 2], "counts": [1, 3]}
             video_record(QA, subtitles=[{"start": 2, "end": 1, "text": "x"}]),
             r"subtitles\[0\].end: must be after start",
         ),
-        (video_record(points(mode="all")), r"annotations\[0\].mode: must be one of bare, .*; got 'all'"),
+        (video_record(points(mode="all")),
+         r"annotations\[0\].mode: must be one or a list of bare, .*; got 'all'"),
         (
             video_record(points(), clip=[1, 2]),
             r"points\[0\].time: must lie in the clip from 1.0 to 2.0 .*; got 0.5",

@@ -115,7 +115,8 @@ def published(split):
 
 FUZZ = strategies.text(max_size=40) | strategies.lists(
     strategies.sampled_from(["Point to", " the", "\r\n", "\t ", "123456", " 0.5 ", "e\u0301", "東京",
-                             "\u200d", "😀👩\u200d👩", "\ufeff", "<|im_end|>", "<|im", "ß", "\u0130", "\x00", "؀", "ﬁ", "\U0010ffff"]),
+                             "\u200d", "😀👩\u200d👩", "\ufeff", "<|im_end|>", "<|im", "ß", "\u0130",
+                             "\x00", "؀", "ﬁ", "\U0010ffff"]),
     max_size=12).map("".join)
 
 

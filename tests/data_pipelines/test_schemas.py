@@ -1,0 +1,191 @@
+"""Rows as the recipe's data sets publish them become records, and these the text the model learns."""
+
+import numpy as np
+import pytest
+
+from data_pipelines import formats
+from data_pipelines import schemas
+from data_pipelines import sources
+from data_pipelines import tasks
+from molmo2_jax import types
+
+A = {"image_sha256": "a", "label": "Mug"}
+POINT_ROW = {"video_id": "v", "video_duration": 3.0, "clip_start": None, "clip_end": None, "label": "ball",
+             "count": 2, "two_fps_timestamps": [0.5, 1.0],
+             "points": [[{"x": 10.0, "y": 20.0}], [{"x": 30.0, "y": 40.0}]]}
+TRACK_ROW = {"clip": "v", "fps": 6.0, "sampling_fps": 2, "expression": "players", "width": 640, "height": 480,
+             "mask_id": ["m", "k"], "frame_trajectories": [
+                 {"frame": 3, "time": 0.5, "points": [{"id": "k", "point": [50, 100], "occluded": False},
+                                                      {"id": "m", "point": [110, 300], "occluded": True}]},
+                 {"frame": 0, "time": 0.0, "points": [{"id": "k", "point": [600, 100], "occluded": False},
+                                                      {"id": "m", "point": [100, 300], "occluded": False}]}]}
+TULU = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+                     {"role": "assistant", "content": "Hello."}], "category": "chat", "source": "wild",
+        "first_message_qwen3_tokens": 5, "empty_messages": False, "has_special_token": False}
+CASES = {  # schema, rows, further arguments: the turns of every record, in the wording of evaluation
+    "molmo2_cap": ([{"video_id": "v", "annotation_score": 3, "merged_caption": "Long.",
+                     "video_caption": "Short.", "video_frame_merged_caption": ""},
+                    {"video_id": "v", "annotation_score": 2, "merged_caption": "x", "video_caption": "",
+                     "video_frame_merged_caption": ""}], {},
+                   [[("video_merged_caption:", "Long."), ("Describe this video in short.", "Short.")]]),
+    "pixmo_cap": ([{"image_sha256": "a", "caption": "A mug.", "transcripts": ["I see a mug"]}],
+                  {"transcripts": True},
+                  [[("Describe this image.", "A mug."), ("transcript:", "I see a mug")]]),
+    "video_choice": ([{"video_id": "v", "Question": "What?", "Answer": "a cat", "NegativeAnswers": ["a dog"],
+                       "Category": "x", "subtitle": [{"start": 0.0, "end": 1.0, "text": "hi"}]}], {},
+                     [[("What?\nOnly return the correct answer option.\nA. a cat\nB. a dog", "A. a cat")]]),
+    "human_qa": ([{"video_id": "v", "question": " Who? ", "answer": " Ann "},
+                  {"video_id": "v", "question": "Why?", "answer": " "}], {}, [[("Who?", "Ann")]]),
+    "ask_model_anything": ([{"image_sha256": "a", "question": "How many mugs?", "answer": "Two."},
+                            {"image_sha256": "a", "question": "How many years old?", "answer": "9"}], {},
+                           [[("Answer without pointing. How many mugs?", "Two."),
+                             ("How many years old?", "9")]]),
+    "cap_qa": ([{"image_sha256": "a", "question": "[USER] What? [ASSISTANT] A mug. [USER] Which colour?",
+                 "answer": "Red."}], {}, [[("What?", "A mug.", "Which colour?", "Red.")]]),
+    "multi_image_qa": ([{"id": 1, "images": ["media/a.jpg", "media/b.jpg"],
+                         "qa_pairs": {"question": ["Same?"], "answer": ["No."]}}], {}, [[("Same?", "No.")]]),
+    "cosyn": ([{"id": "a", "qa_pairs": [{"question": "Sum?", "explanation": "1 + 1.", "answer": "2"}]}],
+              {"kind": "table"},
+              [[("cosyn_table_exp: Sum? Provide reasoning steps and then give the short answer.",
+                 "1 + 1. Answer: 2")]]),
+    "vqa": ([{"image_id": "a", "message_list": [{"question": "Colour?", "answers": ["red", "blue", "red"]}]}],
+            {"style": "okvqa"}, [[("okvqa: Colour?", "red")]]),
+    "chart_qa": ([{"image_id": "a", "query": "Max?", "label": ["7"], "human_or_machine": 0}], {},
+                 [[("chart_qa: Max?", "7")]]),
+    "a_okvqa": ([{"image_id": "a", "question": "What?", "choices": ["cat", "dog"], "correct_choice_idx": 1,
+                  "direct_answers": ["dog", "dog", "pet"]}], {},
+                [[("What?\nOnly return the correct answer option.\nA. cat\nB. dog", "B. dog"),
+                  ("a_okvqa_da: What?", "dog")]]),
+    "mantis": ([{"images": ["media/a.jpg", "media/b.jpg"], "mc_question": "Same?", "choices": ["yes", "no"],
+                 "correct_choice_idx": 1}, {"images": ["media/a.jpg"], "mc_question": "?", "choices": [],
+                                            "correct_choice_idx": 0}], {},
+               [[("Same?\nOnly return the correct answer option.\nA. yes\nB. no", "B. no")]]),
+    "label": ([{"video_id": "v", "label": "running", "start": 0.5, "end": 2.0}], {},
+              [[("kinetics_label: What is happening?", "running")]]),
+    "tulu": ([TULU, TULU | {"category": "coding"}, TULU | {"first_message_qwen3_tokens": 9000}], {},
+             [[("System: Be brief.\nHi", "Hello.")]]),
+    "hardcodes": ([{"questions": ["Who are you?", "Name?"], "response": "Molmo."}], {},
+                  [[("Who are you?", "Molmo.")], [("Name?", "Molmo.")]]),
+    "pixmo_points": ([A | {"points": [{"x": 50, "y": 101.0}]}, A | {"label": "Cup", "points": []}], {},
+                     [[("How many mug are there in the image?",
+                        'Counting the <points coords="1 1 500 1000">mug</points> shows a total of 1.'),
+                       ("How many cup are there in the image?", "There are none.")],
+                      [("Point to the mug.", '<points coords="1 1 500 1000">mug</points>'),
+                       ("Point to the cup.", "There are none.")]]),
+    "pixmo_count": ([A | {"count": 1, "points": {"x": [320], "y": [48]}}], {},
+                    [[("How many mug are there in the image?", 'Counting the <points coords="1 1 500 100">mug'
+                       "</points> shows a total of 1.")],
+                     [("Point to the mug.", '<points coords="1 1 500 100">mug</points>')]]),
+    "cosyn_point": ([{"id": "a", "questions": ["Where is the peak?"], "names": ["Peak"],
+                      "answer_points": [{"x": [5.0], "y": [10.0]}]}], {},
+                    [[("Where is the peak?", '<points coords="1 1 050 100">peak</points>')]]),
+    "multi_image_point": ([{"images": ["media/a.jpg", "media/b.jpg"], "labels": ["Mugs", "a mug"],
+                            "normalized_labels": ["mug", "mug"], "counts": [1, 1],
+                            "points": [[{"x": 50, "y": 50}], [{"x": 20, "y": 10}]]}], {},
+                          [[("In all images, point to the Mugs.",
+                             '<points coords="1 1 500 500;2 2 200 100">Mugs</points>')]]),
+    "video_point": ([POINT_ROW, POINT_ROW | {"count": 9}, POINT_ROW | {"two_fps_timestamps": [0.5, 9.0]}],
+                    {"most": 5}, [[("How many ball are there in the video?",
+                                    'Counting the <points coords="0.5 1 100 200;1.0 2 300 400">ball</points> '
+                                    "shows a total of 2.")]]),
+    "tracks": ([TRACK_ROW, TRACK_ROW | {"fps": 25.0}], {},
+               [[("Track the players.", '<tracks coords="0.0 1 156 625 2 938 208;0.5 2 078 208">players'
+                  "</tracks>")]]),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "media").mkdir()
+    for name in ("a.jpg", "b.jpg", "v.mp4", "v_2fps.mp4"):
+        (tmp_path / "media" / name).write_bytes(b"x")
+    return tmp_path
+
+
+def turns_of(example):
+    """Returns the conversations about an example whose media have 640 x 480 pixels and last 3 seconds."""
+    view = ((640, 480),) * len(example.images)
+    if example.video:
+        view = types.Frames(pixels=np.zeros((7, 0, 0, 3), np.uint8), seconds=np.arange(7) / 2, width=640,
+                            height=480, duration=3.0, fps=6.0)
+    branches = formats.to_branches(example, frames_or_sizes=view, rng=np.random.default_rng(0), train=False)
+    return [branch.turns for branch in branches]
+
+
+@pytest.mark.parametrize("schema", sorted(schemas.SCHEMAS))
+def test_rows_become_what_the_model_learns(schema, folder):
+    rows, how, expected = CASES[schema]
+    number, errors = schemas.convert(schema, rows, folder, **how)
+    examples = sources.read_jsonl(folder / "annotations.jsonl")
+    assert number == len(examples) and not errors
+    assert [turns_of(example) for example in examples] == expected
+
+
+def test_loss_weights_of_chart_qa_favour_questions_by_people(folder):
+    row = {"image_id": "a", "query": "Max?", "label": "7"}
+    schemas.convert("chart_qa", [row | {"human_or_machine": kind} for kind in (0, 1)], folder)
+    human, generated = sources.read_jsonl(folder / "annotations.jsonl")
+    assert human.annotations[0]["weight"].scale == pytest.approx(1.477, abs=1e-3)
+    assert generated.annotations[0]["weight"].scale == pytest.approx(0.523, abs=1e-3)
+
+
+def test_an_image_with_many_points_is_divided(folder):
+    rows = [A | {"label": str(number), "points": [{"x": 1, "y": place} for place in range(number)]}
+            for number in (40, 61, 20, 1)]
+    schemas.convert("pixmo_points", rows, folder)
+    examples = sources.read_jsonl(folder / "annotations.jsonl")
+    assert [[one["label"] for one in example.annotations] for example in examples] == [
+        ["40", "20"], ["40", "20"], ["1"], ["1"]]
+
+
+def test_points_of_long_videos_are_asked_about_their_clip(folder):
+    long = POINT_ROW | {"video_duration": 200.0, "two_fps_timestamps": [100.0, 101.25]}
+    rows = [long | {"clip_start": 90.0, "clip_end": 150.0}, long | {"clip_start": 0.0, "clip_end": 90.0},
+            long]
+    schemas.convert("video_point", rows, folder)
+    [example] = sources.read_jsonl(folder / "annotations.jsonl")
+    assert example.clip == (90.0, 150.0)
+    assert [point["time"] for point in example.annotations[0]["points"]] == [10.0, 11.0]
+
+
+def test_records_without_media_are_left_out_and_named(folder):
+    number, [error] = schemas.convert("label", [{"video_id": "gone", "label": "x"}], folder)
+    assert number == 0 and "media/gone.mp4" in str(error)
+    with pytest.raises(ValueError, match="must have the column 'label'"):
+        schemas.convert("label", [{"video_id": "v"}], folder)
+    with pytest.raises(ValueError, match="a schema must be one of"):
+        schemas.convert("labels", [], folder)
+
+
+def test_what_the_recipe_draws_at_every_use_is_drawn_then(folder):
+    schemas.convert("video_point", [POINT_ROW], folder)
+    [example] = sources.read_jsonl(folder / "annotations.jsonl")
+    view = types.Frames(pixels=np.zeros((7, 0, 0, 3), np.uint8), seconds=np.arange(7) / 2, width=640,
+                        height=480, duration=3.0, fps=6.0)
+
+    def answers(example):
+        return {formats.to_branches(example, frames_or_sizes=view, rng=np.random.default_rng(seed),
+                                    train=True)[0].turns[1] for seed in range(12)}
+    assert len({answer.startswith("Counting") for answer in answers(example)}) == 2
+    schemas.convert("video_choice", [{"video_id": "v", "Question": "?", "Answer": "yes",
+                                      "NegativeAnswers": ["no"]}], folder)
+    [example] = sources.read_jsonl(folder / "annotations.jsonl")
+    assert {"A. yes", "B. yes"} & answers(example) or len(answers(example)) > 2
+
+
+def test_every_task_of_the_recipe_has_a_schema_that_takes_its_arguments():
+    for mixture in ("pretrain", "sft"):
+        for member in tasks.members(tasks.MIXTURES[mixture]):
+            task = tasks.TASKS[member.task]
+            assert list(schemas.SCHEMAS[task.schema]([], **dict(task.how))) == []
+
+
+def test_the_recipes_mixtures_have_its_shares():
+    sizes = {name: task.examples or 10_000 for name, task in tasks.TASKS.items()}
+    shares = tasks.rates(tasks.MIXTURES["sft"], sizes)
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["tulu"] == pytest.approx(0.0995 / 1.1)
+    assert shares["molmo2_video_point_0_5"] == pytest.approx(0.15 / 1.1 * 0.4)
+    assert shares["kinetics_qa"] == pytest.approx(shares["tgif"])  # both pretend to have 60,000
+    assert shares["molmo2_cap"] / shares["molmo2_human_qa"] == pytest.approx(1.5 * (100 / 43) ** 0.5)
+    assert tasks.rates(tasks.MIXTURES["pretrain"], sizes)["pixmo_cap_with_transcripts"] == pytest.approx(0.6)
