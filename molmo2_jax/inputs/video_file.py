@@ -57,8 +57,7 @@ class Reader:
         self._late = time.monotonic() + max_seconds
         self._error = too_slow(path, max_seconds)
         self._held: list[av.Packet] | None = None
-        self._marks = np.zeros((0, 3), np.int64)  # of each packet: place in bytes, ticks, size
-        self._is_seekable = True
+        self._marks: list[np.ndarray] = []  # ticks, place in bytes, size of each packet, if it can be sought
 
     def __enter__(self) -> "Reader":
         if not os.path.isfile(self.path):
@@ -116,22 +115,20 @@ class Reader:
 
     def index(self) -> VideoIndex:
         """Returns the index; reads all packets, and keeps those of a small file."""
-        rows, marks, held, size = [], [], [], 0
+        rows, held = [], []
+        is_small = os.path.getsize(self.path) <= HELD_BYTES
         for packet in self._source:
-            pts, duration = packet.pts, packet.duration
-            rows.append((pts, duration, packet.is_keyframe, packet.is_discard))
-            marks.append((packet.pos, pts, packet.size))
-            size += packet.size
-            if size <= HELD_BYTES:
+            rows.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard, packet.pos,
+                         packet.size))
+            if is_small:
                 held.append(packet)
-        self._held, self._next = (held if size <= HELD_BYTES else None), len(rows)
+        self._held, self._next = (held if is_small else None), len(rows)
         try:
             contents = _index_of(rows, self.stream)
         except ValueError as error:
             raise MediaError(f"{self.path}: {error}") from None
-        self._is_seekable = contents.timed and not any(mark[0] is None for mark in marks)
-        if self._is_seekable:
-            self._marks = np.array(marks, np.int64)
+        if not is_small and contents.timed and all(row[4] is not None for row in rows):
+            self._marks = [np.array([row[column] for row in rows], np.int64) for column in (0, 4, 5)]
         return contents
 
     def between(self, first: int, last: int) -> Iterator[tuple[int, av.Packet]]:
@@ -150,18 +147,18 @@ class Reader:
 
     def _go_to(self, first: int) -> None:
         """Makes the packet at place `first`, or one before it, the next to be read."""
-        if first and self._is_seekable:
+        if first and self._marks:
+            ticks, offsets, sizes = self._marks
             with contextlib.suppress(av.FFmpegError, StopIteration):
-                self._container.seek(int(self._marks[first, 1]), stream=self.stream)
+                self._container.seek(int(ticks[first]), stream=self.stream)
                 self._source = self._demux()
                 packet = next(self._source)
-                marks = self._marks == (-1 if packet.pos is None else packet.pos, packet.pts, packet.size)
-                places = np.flatnonzero(marks.all(axis=1))
+                places = [place for place in np.flatnonzero(offsets == packet.pos).tolist()
+                          if (ticks[place], sizes[place]) == (packet.pts, packet.size)]
                 if len(places) == 1 and places[0] <= first:
-                    self._source = itertools.chain((packet,), self._source)
-                    self._next = int(places[0])
+                    self._source, self._next = itertools.chain((packet,), self._source), places[0]
                     return
-            self._is_seekable = False  # a container that lands elsewhere does so again
+            self._marks = []  # a container that lands elsewhere does so again
             self._next = math.inf
         if first < self._next:
             self._container.close()
@@ -178,7 +175,7 @@ def _reason(error) -> str:
 
 
 def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
-    """Returns the index of packets (ticks, duration in ticks, is keyframe, is never shown) in file order."""
+    """Returns the index of packets (ticks, duration in ticks, is keyframe, is never shown, ...) in order."""
     rate, unit = stream.average_rate or stream.guessed_rate, stream.time_base
     packets = np.array([place for place, row in enumerate(rows) if not row[3]], np.int64)
     if not len(packets):
@@ -200,7 +197,8 @@ def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
     stated, counted = float(rate or 0), len(ticks) / (end - begin)
     return VideoIndex(
         seconds=seconds, ticks=ticks, packets=packets, timed=timed, begin=begin, end=end,
-        start=_starts(ticks, packets, np.array(keys, np.int64), [rows[place][0] for place in keys]),
+        start=_starts(ticks, packets, np.array(keys, np.int64),
+                      np.array([rows[place][0] for place in keys], np.int64)),
         width=stream.codec_context.width, height=stream.codec_context.height,
         fps=stated if abs(stated - counted) <= 0.01 * counted else counted)
 
@@ -210,10 +208,9 @@ def _starts(ticks, packets, keys, key_ticks) -> np.ndarray:
 
     A frame stored behind a keyframe but shown before it leans on what came before that keyframe.
     """
-    start = np.zeros(len(ticks), np.int64)
-    candidate = np.searchsorted(keys, packets, side="right") - 1
-    for frame, key in enumerate(candidate):
-        while key >= 0 and key_ticks[key] > ticks[frame]:
-            key -= 1
-        start[frame] = keys[key] if key >= 0 else 0
-    return start
+    if not len(keys):
+        return np.zeros(len(ticks), np.int64)
+    key = np.searchsorted(keys, packets, side="right") - 1
+    while (later := (key >= 0) & (key_ticks[key] > ticks)).any():
+        key -= later
+    return np.where(key >= 0, keys[key], 0)
