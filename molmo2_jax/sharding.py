@@ -74,25 +74,37 @@ def of_parameters(boxed, mesh: Mesh):
 
 
 class AttentionAxes(NamedTuple):
-    """Mesh axes that divide attention, none where one does not divide its dimension; and into how many."""
+    """Mesh axes that divide attention, none where one does not divide its dimension; and into how many.
+
+    Where the length is divided, devices either exchange it for heads (`exchanges_heads`), or read the keys
+    and values of their whole rows.
+    """
     rows: tuple[str, ...]
     heads: str | None
     length: str | None
     num_row_parts: int
     num_length_parts: int
+    exchanges_heads: bool
 
 
-def attention_axes(rows: int, kv_heads: int, length: int) -> AttentionAxes | None:
-    """Returns how the mesh in use divides attention; None for one device, and inside a shard_map."""
+def attention_axes(rows: int, num_heads: int, num_kv_heads: int, length: int) -> AttentionAxes | None:
+    """Returns how the mesh in use divides attention; None for one device, and inside a shard_map.
+
+    Exchanging moves (N + K) / parts heads of queries, outputs, keys and values, reading moves K of keys and
+    values; exchanging needs as many key heads as parts.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return None
     axis = lambda name, size: name if mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None
     groups = math.prod(mesh.shape[name] for name in BATCH_AXES)
     row_axes = BATCH_AXES if rows % groups == 0 else ()
-    length_axis = axis("context", length)
-    return AttentionAxes(row_axes, axis(PARAMETER_RULES["kv_heads"], kv_heads), length_axis,
-                         groups if row_axes else 1, mesh.shape[length_axis] if length_axis else 1)
+    head_axis, length_axis = axis(PARAMETER_RULES["kv_heads"], num_kv_heads), axis("context", length)
+    parts = mesh.shape[length_axis] if length_axis else 1
+    own_kv_heads = num_kv_heads // (mesh.shape[head_axis] if head_axis else 1)
+    is_less = num_heads + num_kv_heads < parts * num_kv_heads
+    return AttentionAxes(row_axes, head_axis, length_axis, groups if row_axes else 1, parts,
+                         exchanges_heads=is_less and own_kv_heads % parts == 0)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,8 +3,9 @@
 B batch, T query positions, S key positions, N query heads, K key heads, G query heads per key head
 (N = K*G; query head n uses key head n // G), H head width.
 
-On a mesh, rows and heads are divided without communication; where the length is divided, every device reads
-the keys and values of its whole rows and attends for its own stretch of queries.
+On a mesh, rows and heads are divided without communication. Where the length is divided, too, a device reads
+the keys and values of its whole rows and attends for its own stretch of queries; or, if that moves less, the
+devices exchange length for heads before and after.
 """
 
 import dataclasses
@@ -86,14 +87,15 @@ def plan(mask: tree_mask.TreeMask, num_heads: int, num_kv_heads: int, head_dim: 
     if implementation == "dense":
         return Plan(mask, None, implementation, None, None)
     rows, length = mask.end.shape
-    axes = sharding.attention_axes(rows, num_kv_heads, length)
-    parts = (1, 1) if axes is None else (axes.num_row_parts, axes.num_length_parts)
-    tiling = _tiling(implementation, rows // parts[0], length // parts[1], length, num_heads // num_kv_heads,
-                     head_dim)
+    axes = sharding.attention_axes(rows, num_heads, num_kv_heads, length)
+    own_rows, num_queries = (rows, length) if axes is None else (
+        rows // axes.num_row_parts, length if axes.exchanges_heads else length // axes.num_length_parts)
+    tiling = _tiling(implementation, own_rows, num_queries, length, num_heads // num_kv_heads, head_dim)
     if axes is None:
         work = tiling_lib.prepare(mask, tree_mask.all_queries(mask), tiling)
     else:
-        whole, own = PartitionSpec(axes.rows), PartitionSpec(axes.rows, axes.length)
+        whole = PartitionSpec(axes.rows)
+        own = whole if axes.exchanges_heads else PartitionSpec(axes.rows, axes.length)
         prepare = jax.shard_map(functools.partial(_prepare_part, axes, tiling), in_specs=(whole, whole, own),
                                 out_specs=_work_spec(axes), check_vma=False)
         work = prepare(*mask, mask.group)
@@ -108,7 +110,7 @@ def _work_spec(axes: sharding.AttentionAxes) -> PartitionSpec:
 def _prepare_part(axes, tiling, end_BS, group_BS, own_group_BT):
     """Returns the Work of one device: its stretch of queries over all keys of its rows."""
     rows, length = own_group_BT.shape
-    part = jax.lax.axis_index(axes.length) if axes.length else 0
+    part = 0 if length == end_BS.shape[1] else jax.lax.axis_index(axes.length)
     queries = tree_mask.Queries(jnp.full(rows, part * length, jnp.int32), own_group_BT)
     return tiling_lib.prepare(tree_mask.TreeMask(end_BS, group_BS), queries, tiling)
 
@@ -148,6 +150,10 @@ def _check_operands(q_BTNH, k_BTKH, v_BTKH) -> None:
 def _attend_in_parts(execute, axes, q_BTNH, k_BTKH, v_BTKH, work):
     """Returns [B, T, N, H], divided over the mesh like the queries."""
     def part(q, k, v, work):
+        if axes.exchanges_heads:
+            swap = functools.partial(jax.lax.all_to_all, axis_name=axes.length, tiled=True)
+            q, k, v = (swap(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+            return swap(execute(q, k, v, work), split_axis=1, concat_axis=2)
         if axes.length:
             k, v = (jax.lax.all_gather(x, axes.length, axis=1, tiled=True) for x in (k, v))
         return execute(q, k, v, work)

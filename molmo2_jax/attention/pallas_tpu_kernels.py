@@ -134,9 +134,9 @@ def _forward_kernel(words, first, q, k, v, query_group, keys, out, log_sum, maxi
     def compute(kind):
         s = _dot(q[...].reshape(G * q_tile, H), k[...], (1, 1))
         if kind != tree_mask.FULL:
-            i = query_0 + lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 0)
-            j = key_0 + lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 1)
-            visible = (j <= i) & (i < keys[0:1, :])
+            i = lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 0)
+            j = lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 1)
+            visible = (j - i <= query_0 - key_0) & (i < keys[0:1, :] - query_0)
             if kind == tree_mask.VISUAL:
                 visible |= _widen(group[...], k_tile) == keys[1:2, :]
             s = jnp.where(visible[None], s.reshape(G, q_tile, k_tile), MASKED).reshape(s.shape)
@@ -152,7 +152,7 @@ def _forward_kernel(words, first, q, k, v, query_group, keys, out, log_sum, maxi
 
     @pl.when(ends)
     def _():
-        out[...] = (acc[...] / _widen(total[...], H)).astype(out.dtype).reshape(out.shape)
+        out[...] = (acc[...] * _widen(1 / total[...], H)).astype(out.dtype).reshape(out.shape)
         sums = maximum[...] + jnp.log2(total[...])
         for g in range(G):
             log_sum[g:g + 1, :] = sums[g * q_tile:(g + 1) * q_tile, :].T[0:1, :]
@@ -187,9 +187,9 @@ def _tile_gradients(kind, word_tiles, q, k, v, grad, log_sum, delta, query_group
     along = lambda x: jnp.concatenate([x[g:g + 1, :] for g in range(G)], axis=1)
     p = jnp.exp2(_dot(k[...], q[...].reshape(G * q_tile, H), (1, 1)) - along(log_sum))
     if kind != tree_mask.FULL:
-        i = query_0 + lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 1)
-        j = key_0 + lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 0)
-        visible = (j <= i) & (i < _widen(_down(keys[0:1, :]), q_tile))
+        i = lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 1)
+        j = lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 0)
+        visible = (j - i <= query_0 - key_0) & (i < _widen(_down(keys[0:1, :] - query_0), q_tile))
         if kind == tree_mask.VISUAL:
             visible |= _widen(_down(keys[1:2, :]), q_tile) == query_group[...]
         p = jnp.where(jnp.tile(visible, (1, G)), p, 0.0)
