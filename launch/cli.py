@@ -1,12 +1,16 @@
 """What all mains share: flags that describe a run, and mistakes answered by one sentence."""
 
 import functools
+import glob
+import importlib.metadata
+import os
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+import jax
 from absl import app
 from absl import flags
 from absl import logging
@@ -105,7 +109,17 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(0)
 
 
+def _pass_over_absent_tpu() -> None:
+    """Keeps jax from looking for a TPU where libtpu is installed (to compile for one) but none is attached:
+    it would search for ten seconds and print errors. Accelerators of other plug-ins are found as ever."""
+    has_plugins = bool(importlib.metadata.entry_points(group="jax_plugins"))
+    if "JAX_PLATFORMS" not in os.environ and not has_plugins and not glob.glob("/dev/accel*") + glob.glob(
+            "/dev/vfio/*"):
+        jax.config.update("jax_platforms", "cpu")
+
+
 def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    _pass_over_absent_tpu()
     try:
         main(argv[1:])
     except KeyboardInterrupt:
