@@ -1,5 +1,6 @@
 """Towers are clipped, warmed up and updated apart; frozen tables and spare rows do not move."""
 
+import dataclasses
 import functools
 import math
 
@@ -11,7 +12,9 @@ import pytest
 
 from molmo2_jax import optim
 from molmo2_jax.hf import weights
+from molmo2_jax.model import molmo2
 from tests import packs
+from tests import tiny
 
 MODEL = packs.random_config("qwen3", 0)
 TOTAL = 40
@@ -164,6 +167,33 @@ def test_frozen_tables_stay_bit_identical_and_carry_no_state(muon):
     state = optim.make(config(muon=muon), TOTAL).init(params())
     assert not any("base_embedding" in jax.tree_util.keystr(path)
                    for path, _ in jax.tree_util.tree_leaves_with_path(state))
+
+
+@pytest.mark.parametrize("style", ["qwen3", "qwen3_tied"])
+def test_training_moves_the_added_rows_and_no_bit_of_the_base_table_or_of_a_head_tied_to_it(style):
+    model = dataclasses.replace(tiny.MODEL, text=dataclasses.replace(
+        tiny.MODEL.text, tied_head=style == "qwen3_tied"))
+    module, tx = molmo2.Molmo2(model, attention="dense", remat="none"), optim.make(config(), TOTAL)
+    start = packs.random_params(model)
+
+    def loss(params, batch):
+        logits = module.apply({"params": params}, batch)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
+        return -(batch.weights * picked).sum()
+
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(loss)(params, batch)
+        change, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, change), state, grads
+
+    trained, state = start, tx.init(start)
+    for number in range(3):
+        trained, state, grads = step(trained, state, tiny.batch(number % 2))
+    assert np.abs(grads["base_embedding"]).max() > 0 and ("head" in start) == (style == "qwen3")
+    for path, value in flat(trained).items():
+        is_same = np.asarray(value).tobytes() == flat(start)[path].tobytes()
+        assert is_same == (path == "base_embedding"), path
 
 
 @pytest.mark.parametrize("muon", [None, optim.Muon()], ids=["adamw", "muon"])

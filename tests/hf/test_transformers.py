@@ -27,15 +27,6 @@ T, M, R = 96, 12, 40
 NEW = 64  # tokens of a greedy answer
 
 
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """Models this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def export(params, config, folder):
     return checkpoint.export_checkpoint(params, config, config_lib.InputConfig(), None, folder)
 
