@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from molmo2_jax import sharding
+
 
 class Sums(NamedTuple):
     """Weighted sums over a batch; divide by `weight` for means."""
@@ -32,23 +34,29 @@ def token_sums(logits_BTV, targets_BT, weights_BT) -> Sums:
                 (weights_BT * hit_BT).sum(), weights_BT.sum())
 
 
-def chunked_sums(hidden_BTD, head, targets_BT, weights_BT, chunk: int) -> Sums:
-    """Returns `token_sums` of `head(hidden)`, computing and recomputing `chunk` positions at a time."""
-    B, T, _ = hidden_BTD.shape
-    chunk = min(chunk, T)
-    tail = -T % chunk
+def chunked_sums(hidden_BTD, head, kernel_DV, targets_BT, weights_BT, chunk: int, dtype: str) -> Sums:
+    """Returns `token_sums` of `head(hidden, kernel)`, computing and recomputing `chunk` positions at a time.
 
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, tail)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+    On a mesh each device does so for its own positions; the kernel travels in `dtype`.
+    """
+    def of_device(kernel_DV, hidden_BTD, targets_BT, weights_BT):
+        B, T, _ = hidden_BTD.shape
+        positions = min(chunk, T)
 
-    @jax.checkpoint
-    def step(total, xs):
-        hidden, targets, weights = xs
-        return jax.tree.map(jnp.add, total, token_sums(head(hidden), targets, weights)), None
+        def split(x):
+            x = jnp.pad(x, ((0, 0), (0, -T % positions)) + ((0, 0),) * (x.ndim - 2))
+            return jnp.moveaxis(x.reshape(B, -1, positions, *x.shape[2:]), 1, 0)
 
-    zero = Sums(*(jnp.zeros((), jnp.float32),) * 4)
-    return jax.lax.scan(step, zero, (split(hidden_BTD), split(targets_BT), split(weights_BT)))[0]
+        @jax.checkpoint
+        def step(total, xs):
+            hidden, targets, weights = xs
+            return jax.tree.map(jnp.add, total, token_sums(head(hidden, kernel_DV), targets, weights)), None
+
+        zero = Sums(*(jnp.zeros((), jnp.float32),) * 4)
+        return jax.lax.scan(step, zero, (split(hidden_BTD), split(targets_BT), split(weights_BT)))[0]
+
+    return sharding.sum_over_tokens(of_device, kernel_DV, ("embed", "vocab"),
+                                    (hidden_BTD, targets_BT, weights_BT), dtype)
 
 
 def objective(sums: Sums, z_weight: float):

@@ -5,6 +5,8 @@ tower by tower, there is no joint norm.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +112,14 @@ def _update_rule(config: OptimConfig, tower: Tower, total: int) -> optax.Gradien
         muon_weight_dimension_numbers=lambda params: _map_paths(_kernel_axes, params))
 
 
-def make(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
+class Optimiser(NamedTuple):
+    """An optax.GradientTransformation that knows which top-level parameters it never changes."""
+    init: Callable
+    update: Callable
+    frozen: tuple[str, ...] = ()
+
+
+def make(config: OptimConfig, total_steps: int) -> Optimiser:
     """Returns the transformation of a run of `total_steps`: clip and update, tower by tower.
 
     It acts on the dictionary of top-level parameters; its state is a dictionary of towers.
@@ -135,12 +144,12 @@ def make(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
             updates.update(part)
         return {key: updates[key] for key in grads}, new_state
 
-    return optax.GradientTransformation(init, update)
+    return Optimiser(init, update, config.frozen)
 
 
-def grad_norms(grads) -> dict:
-    """Returns the gradient norm of each tower before clipping."""
+def grad_norms(grads, frozen: tuple[str, ...] = ()) -> dict:
+    """Returns the gradient norm of each tower before clipping, without parameters that are not trained."""
     squares = {"vit": 0.0, "connector": 0.0, "llm": 0.0}
-    for name, tree in grads.items():
-        squares[TOWER_OF[name]] += optax.tree_utils.tree_l2_norm(tree, squared=True)
+    for name in sorted(grads.keys() - set(frozen)):
+        squares[TOWER_OF[name]] += optax.tree_utils.tree_l2_norm(grads[name], squared=True)
     return {f"grad_norm_{tower}": jnp.sqrt(value) for tower, value in squares.items()}

@@ -68,14 +68,15 @@ def train_step(model: molmo2.Molmo2, tx, config: TrainConfig, state: state_lib.T
         apply = functools.partial(model.apply, {"params": params})
         hidden_BTD = apply(batch, rates, rng, method="hidden")
         head = functools.partial(apply, method="logits")
-        sums = loss.chunked_sums(hidden_BTD, head, batch.targets, batch.weights, config.loss_chunk)
+        sums = loss.chunked_sums(hidden_BTD, head, apply(method="head_kernel"), batch.targets, batch.weights,
+                                 config.loss_chunk, config.dtype)
         return loss.objective(sums, config.z_weight)
 
     (_, measured), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     state = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
-    return state, {**measured, **optim.grad_norms(grads)}
+    return state, {**measured, **optim.grad_norms(grads, tx.frozen)}
 
 
 class StopRequest:

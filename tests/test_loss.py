@@ -20,7 +20,7 @@ def arrays(seed=0):
 
 
 def value(hidden, head, targets, weights, chunk=T):
-    sums = loss.chunked_sums(hidden, lambda x: x @ head, targets, weights, chunk)
+    sums = loss.chunked_sums(hidden, jnp.matmul, head, targets, weights, chunk, "float32")
     return loss.objective(sums, Z_WEIGHT)
 
 
@@ -58,7 +58,7 @@ def test_rows_with_unequal_weight_may_be_summed_apart():
     """Micro-batches: sums add up, and one divisor serves all."""
     hidden, head, targets, weights = arrays()
     weights[0, 3:] = 0
-    parts = [loss.chunked_sums(hidden[[n]], lambda x: x @ head, targets[[n]], weights[[n]], 4)
+    parts = [loss.chunked_sums(hidden[[n]], jnp.matmul, head, targets[[n]], weights[[n]], 4, "float32")
              for n in range(B)]
     together = loss.objective(jax.tree.map(jnp.add, *parts), Z_WEIGHT)[0]
     expected = value(hidden, head, targets, weights)[0]

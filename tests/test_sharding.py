@@ -1,11 +1,16 @@
 """A mesh changes where numbers lie, not what they are."""
 
+import dataclasses
+import functools
+import re
+
 import jax
 import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from molmo2_jax import optim
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
 from molmo2_jax import train
@@ -54,6 +59,30 @@ def test_parameters_lie_along_their_logical_axes_where_these_divide():
     assert spec("text", "layers", "mlp", "down", "kernel") == (None, "tensor", "fsdp")
     assert spec("base_embedding") == ("tensor", "fsdp") and spec("head") == ("fsdp", "tensor")
     assert spec("text", "layers", "attn", "q_norm", "scale") == (None, None)
+    assert spec("vision", "layers", "fc1", "kernel") == (None, ("fsdp", "tensor"), None)  # gathered whole
+
+
+@pytest.mark.parametrize("sizes, kernel, fc1, head", [
+    ({"fsdp": 2, "context": 2}, (None, ("context", "fsdp"), None, None), (None, ("context", "fsdp"), None),
+     (("context", "fsdp"), None)),
+    ({"fsdp": 8}, (None, "fsdp", None, None), (None, "fsdp", None), (None, "fsdp")),
+    ({"data": 8}, (None, None, None, None), (None, None, None), (None, None)),
+])
+def test_parameters_are_stored_in_parts_over_every_axis_but_data(sizes, kernel, fc1, head):
+    text = dataclasses.replace(tiny.MODEL.text, width=16 if sizes.get("fsdp") == 8 else 12, tied_head=False)
+    if sizes.get("fsdp") == 8:
+        head = ("fsdp", None)
+    model = molmo2.Molmo2(dataclasses.replace(tiny.MODEL, text=text))
+    params = state_lib.abstract_params(model, tiny.mesh(**sizes))
+    assert tuple(params["text"]["layers"]["attn"]["q"]["kernel"].sharding.spec) == kernel
+    assert tuple(params["vision"]["layers"]["fc1"]["kernel"].sharding.spec) == fc1
+    assert tuple(params["head"].sharding.spec) == head
+
+
+def test_a_width_that_does_not_divide_is_left_to_the_other_dimension():
+    params = state_lib.abstract_params(molmo2.Molmo2(tiny.MODEL), tiny.mesh(fsdp=8))  # decoder of 12
+    assert tuple(params["text"]["layers"]["mlp"]["gate"]["kernel"].sharding.spec) == (None, None, "fsdp")
+    assert tuple(params["base_embedding"].sharding.spec) == ("fsdp", None)
 
 
 def test_a_batch_lies_by_rows_and_by_length():
@@ -62,19 +91,21 @@ def test_a_batch_lies_by_rows_and_by_length():
     placed = sharding.put(batch, mesh)
     for name, value, host in zip(batch._fields, placed, batch):
         np.testing.assert_array_equal(value, host)
-        along = "context" if name in sharding.LENGTH_FIELDS else None
+        along = "context"  # the length, and crops and windows too
         assert value.sharding.spec == PartitionSpec(("data", "fsdp"), along), name
         assert value.addressable_shards[0].data.shape[0] == 1
 
 
-def test_rows_that_do_not_divide_over_the_devices_are_refused():
+def test_rows_and_tokens_that_do_not_divide_over_the_devices_are_refused():
     with pytest.raises(ValueError, match="data x fsdp = 8 devices; got 4"):
         sharding.put(tiny.batch(0), make_mesh(data=2, fsdp=4))
+    with pytest.raises(ValueError, match="context = 8 devices; got 12"):
+        sharding.check_batch(make_mesh(context=8), 4, 12)
 
 
 def loss_and_gradients(mesh):
     """Returns those of one train step, dropout included: an update by plain descent is the gradient."""
-    model, tx = molmo2.Molmo2(tiny.MODEL), optax.sgd(1.0)
+    model, tx = molmo2.Molmo2(tiny.MODEL), optim.Optimiser(*optax.sgd(1.0))
     config = train.TrainConfig(steps=1, dtype="float32", loss_chunk=10)
     with jax.set_mesh(mesh):
         start = state_lib.create(model, tx, mesh, 0)
@@ -88,7 +119,12 @@ def on_one_device():
     return loss_and_gradients(tiny.mesh())
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 1, 1), (1, 2, 2, 1)])
+# data, fsdp, tensor, context: each axis alone and products, on 2, 4 and 8 devices. 2 key heads do not divide
+# over 4 devices, 4 crops not over 8: such axes are left out there, and nothing else changes.
+MESHES = [(2, 1, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (1, 1, 1, 8), (1, 2, 2, 1), (2, 1, 1, 4), (1, 2, 2, 2)]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
 def test_loss_and_gradients_on_a_mesh_are_those_on_one_device(sizes, on_one_device):
     measured, grads = loss_and_gradients(tiny.mesh(*sizes))
     for name, value in on_one_device[0].items():
@@ -99,3 +135,36 @@ def test_loss_and_gradients_on_a_mesh_are_those_on_one_device(sizes, on_one_devi
             got = got[key.key]
         np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE, err_msg=jax.tree_util.keystr(path))
     assert max(np.abs(x).max() for x in jax.tree.leaves(on_one_device[1])) > 0.01
+
+
+def lowered(mesh):
+    """Returns the train step for abstract arguments, not compiled."""
+    model, tx = molmo2.Molmo2(tiny.MODEL), optim.make(optim.OptimConfig(), 1)
+    config = train.TrainConfig(steps=1, loss_chunk=10)
+    batch = tiny.batch(0)
+    layout = sharding.of_batch(mesh, batch)
+    with jax.set_mesh(mesh):
+        state = state_lib.abstract(model, tx, mesh)
+        batch = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch, layout)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        return jax.jit(functools.partial(train.train_step, model, tx, config), donate_argnums=0,
+                       out_shardings=(shardings, None)).lower(state, batch)
+
+
+def test_constraints_are_emitted_on_a_mesh_and_only_there():
+    count = lambda text: text.count("sharding_constraint")
+    on_mesh = count(lowered(tiny.mesh(2, 2, 1, 2)).as_text())
+    assert on_mesh >= 60  # 83: without jax.set_mesh they would vanish without a word
+    assert count(lowered(tiny.mesh()).as_text()) == 0
+
+
+def test_no_stack_of_layers_is_gathered_whole():
+    """The scan over layers gathers one layer at a time, so no collective sees the leading axis of a stack."""
+    text = lowered(tiny.mesh(1, 4, 1, 2)).compile().as_text()
+    stacks = {",".join(map(str, leaf.shape))
+              for path, leaf in jax.tree_util.tree_leaves_with_path(
+                  state_lib.abstract_params(molmo2.Molmo2(tiny.MODEL), tiny.mesh()))
+              if "layers" in jax.tree_util.keystr(path) and leaf.ndim > 2}
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather", text)
+    assert len(stacks) > 8 and len(gathered) > 8
+    assert not stacks & set(gathered)

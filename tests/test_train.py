@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(bad, saved, tmp
 
 
 def test_gradients_that_are_not_finite_end_the_run_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(optim, "grad_norms", lambda grads: {"grad_norm_llm": jnp.float32(np.inf)})
+    monkeypatch.setattr(optim, "grad_norms", lambda grads, frozen: {"grad_norm_llm": jnp.float32(np.inf)})
     with pytest.raises(FloatingPointError, match="step 1 must be finite"):
         fit(tmp_path, tiny.Batches(), save_every=1)
     assert saved_steps(tmp_path) == []

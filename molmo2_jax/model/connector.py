@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from molmo2_jax import config as config_lib
+from molmo2_jax import sharding
 from molmo2_jax.model import layers
 
 
@@ -53,11 +54,12 @@ class Pooling(nn.Module):
                                  name=name)
 
         windows, valid = gather_windows(features_BMPA, pooled_BRW)
+        windows = sharding.constrain(windows, "rows", "crops", None, None)
         heads = (windows.shape[-1], c.num_heads, c.head_dim)
-        split = ("embed", "heads", "head_dim")
+        split = ("embed", "vision_heads", "head_dim")
         q = linear("q", heads, split)(masked_mean(windows, valid))
         k, v = linear("k", heads, split)(windows), linear("v", heads, split)(windows)
-        return linear("o", (c.num_heads, c.head_dim, width), ("heads", "head_dim", "embed"), 2)(
+        return linear("o", (c.num_heads, c.head_dim, width), ("vision_heads", "head_dim", "embed"), 2)(
             pool_attention(q, k, v, valid))
 
 
@@ -70,6 +72,9 @@ class Connector(nn.Module):
     @nn.compact
     def __call__(self, features_BMPA, pooled_BRW):
         c = self.config
+        # A window may lie in any crop of its row: features of a row come together, then windows are divided.
+        features_BMPA = sharding.constrain(features_BMPA, "rows", None, None, None)
+        pooled_BRW = sharding.constrain(pooled_BRW, "rows", "crops", None)
         pooled = Pooling(c, self.dtype, name="pool")(features_BMPA, pooled_BRW)
         return layers.SwiGLU(c.num_heads * c.head_dim, c.mlp_width, self.width_out, c.init_std, c.init_std,
-                             self.dtype, name="project")(pooled)
+                             self.dtype, "vision_mlp", name="project")(pooled)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from molmo2_jax import config as config_lib
+from molmo2_jax import sharding
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
@@ -80,32 +81,39 @@ def dropout(x_BTD, rate_BT, rng):
     return jnp.where(kept, x_BTD / keep_BT1.astype(x_BTD.dtype), 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x, kernel, num_in: int):
-    """Returns x with its last `num_in` axes contracted against the first `num_in` of the kernel."""
-    axes = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def contract(x, kernel, num_in: int, axes: tuple[str | None, ...] | None):
+    """Returns x with its last `num_in` axes contracted against the first `num_in` of the kernel.
+
+    The kernel, of logical `axes`, is cast to x's dtype and then gathered from the devices (None: it was
+    gathered before); its gradient comes in its own dtype, and is added up in it over positions and devices.
+    """
+    dimensions = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+    return jax.lax.dot_general(x, sharding.gathered(kernel.astype(x.dtype), axes), (dimensions, ((), ())))
 
 
-def _contract_forward(x, kernel, num_in):
-    return contract(x, kernel, num_in), (x, kernel)
+def _contract_forward(x, kernel, num_in, axes):
+    return contract(x, kernel, num_in, axes), (x, kernel)
 
 
-def _contract_backward(num_in, residuals, grad):
+def _contract_backward(num_in, axes, residuals, grad):
     x, kernel = residuals
     num_out, num_rows = kernel.ndim - num_in, x.ndim - num_in
     outs = (tuple(range(grad.ndim - num_out, grad.ndim)), tuple(range(num_in, kernel.ndim)))
 
     def plain(x, grad):
         rows = tuple(range(num_rows))
-        return jax.lax.dot_general(x, grad, ((rows, rows), ((), ())))
+        return jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), preferred_element_type=kernel.dtype)
 
     def folded(x, grad):  # XLA's CPU backend is four times slower at contracting two axes than one
         rows = math.prod(x.shape[:num_rows])
-        return (x.reshape(rows, -1).T @ grad.reshape(rows, -1)).reshape(kernel.shape)
+        product = jnp.matmul(x.reshape(rows, -1).T, grad.reshape(rows, -1),
+                             preferred_element_type=kernel.dtype)
+        return product.reshape(kernel.shape)
 
-    return (jax.lax.dot_general(grad, kernel, (outs, ((), ()))),
-            jax.lax.platform_dependent(x, grad, cpu=folded, default=plain))
+    on_device = jax.lax.platform_dependent(x, grad, cpu=folded, default=plain)
+    whole = sharding.gathered(kernel.astype(grad.dtype), axes)
+    return jax.lax.dot_general(grad, whole, (outs, ((), ()))), sharding.scattered(on_device, axes)
 
 
 contract.defvjp(_contract_forward, _contract_backward)
@@ -128,7 +136,7 @@ class Linear(nn.Module):
         fan_in = math.prod(self.shape[:self.num_in])
         normal = nn.initializers.normal(self.init_std or fan_in ** -0.5)
         kernel = self.param("kernel", nn.with_logical_partitioning(normal, self.axes), self.shape)
-        y = contract(x.astype(self.dtype), kernel.astype(self.dtype), self.num_in)
+        y = contract(x.astype(self.dtype), kernel, self.num_in, self.axes)
         if self.use_bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.num_in:])
             y = y + self.param("bias", zeros, self.shape[self.num_in:]).astype(self.dtype)
@@ -166,15 +174,16 @@ class SwiGLU(nn.Module):
     init_std: float | None
     out_std: float | None
     dtype: str
+    mlp_axis: str = "mlp"
 
     @nn.compact
     def __call__(self, x):
         def linear(name, shape, axes, std):
             return Linear(shape, axes, init_std=std, dtype=self.dtype, name=name)
         wide, narrow = (self.width_in, self.mlp_width), (self.mlp_width, self.width_out)
-        gate = linear("gate", wide, ("embed", "mlp"), self.init_std)(x)
-        up = linear("up", wide, ("embed", "mlp"), self.init_std)(x)
-        return linear("down", narrow, ("mlp", "embed"), self.out_std)(jax.nn.silu(gate) * up)
+        gate = linear("gate", wide, ("embed", self.mlp_axis), self.init_std)(x)
+        up = linear("up", wide, ("embed", self.mlp_axis), self.init_std)(x)
+        return linear("down", narrow, (self.mlp_axis, "embed"), self.out_std)(jax.nn.silu(gate) * up)
 
 
 def stacked_params(module: nn.Module, name: str, block: nn.Module, num_layers: int, *example):

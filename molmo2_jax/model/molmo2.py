@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from molmo2_jax import config as config_lib
+from molmo2_jax import sharding
 from molmo2_jax import types
 from molmo2_jax.attention import tree_mask
 from molmo2_jax.model import connector
+from molmo2_jax.model import layers
 from molmo2_jax.model import text
 from molmo2_jax.model import vision
 
@@ -23,9 +25,11 @@ def merge(x_BTD, is_patch_BT, visual_BRD):
 
     Added, not put in its place: the reference and transformers add, vLLM replaces.
     """
+    visual_BRD = sharding.constrain(visual_BRD, "rows", None, None)
     k_BT = jnp.maximum(jnp.cumsum(is_patch_BT, axis=1) - 1, 0)
     placed_BTD = jnp.take_along_axis(visual_BRD, k_BT[..., None], axis=1, mode="clip")
-    return x_BTD + jnp.where(is_patch_BT[..., None], placed_BTD, 0).astype(x_BTD.dtype)
+    merged = x_BTD + jnp.where(is_patch_BT[..., None], placed_BTD, 0).astype(x_BTD.dtype)
+    return sharding.constrain(merged, "rows", "length", None)
 
 
 class Molmo2(nn.Module):
@@ -38,7 +42,8 @@ class Molmo2(nn.Module):
     def setup(self):
         c, t = self.config, self.config.text
         self.vision = vision.VisionTransformer(c.vision, c.connector.taps, self.dtype, self.remat)
-        self.connector = connector.Connector(c.connector, t.width, self.dtype)
+        recomputed = connector.Connector if self.remat == "none" else nn.remat(connector.Connector)
+        self.connector = recomputed(c.connector, t.width, self.dtype)
         self.text = text.Decoder(t, self.dtype, self.remat, self.attention)
         normal = nn.initializers.normal(t.embedding_init_std)
         normal = nn.with_logical_partitioning(normal, ("vocab", "embed"))
@@ -52,9 +57,15 @@ class Molmo2(nn.Module):
     def embed_tokens(self, tokens_BT):
         """Returns [B, T, D]; ids from V on hit the second table, which only inputs use."""
         V = self.config.text.vocab_size
-        base_BTD = self.base_embedding[jnp.minimum(tokens_BT, V - 1)]
-        new_BTD = self.new_embedding[jnp.maximum(tokens_BT - V, 0)]
-        return jnp.where(tokens_BT[..., None] < V, base_BTD, new_BTD).astype(self.dtype)
+        # Devices that store columns of the tables look up theirs for all tokens around, then exchange.
+        tokens_BT = sharding.constrain(tokens_BT, "replicas", None)
+        base, new = (sharding.constrain(table, None, "stored")
+                     for table in (self.base_embedding, self.new_embedding))
+        x_BTD = jnp.where(tokens_BT[..., None] < V, base[jnp.minimum(tokens_BT, V - 1)],
+                          new[jnp.maximum(tokens_BT - V, 0)]).astype(self.dtype)
+        x_BTD = sharding.constrain(x_BTD, "replicas", None, "stored")
+        x_BTD = sharding.constrain(x_BTD, "rows", None, "partly_stored")  # one exchange at a time
+        return sharding.constrain(x_BTD, "rows", "length", None)
 
     def embed(self, tokens_BT, patches_BMPC, pooled_BRW):
         """Returns [B, T, D] embeddings with the visual tokens added."""
@@ -72,10 +83,18 @@ class Molmo2(nn.Module):
         with jax.named_scope("decoder"):
             return self.text(x_BTD, positions_BT, mask, memory, drop_rate_BT, rng)
 
-    def logits(self, hidden_BTD):
-        """Returns float32[..., V]; only the base vocabulary can be produced."""
-        kernel = self.base_embedding.T if self.config.text.tied_head else self.head
-        return jnp.dot(hidden_BTD.astype(self.dtype), kernel.astype(self.dtype)).astype(jnp.float32)
+    def head_kernel(self):
+        """Returns float32[D, V]."""
+        return self.base_embedding.T if self.config.text.tied_head else self.head
+
+    def logits(self, hidden_BTD, kernel_DV=None):
+        """Returns float32[..., V]; only the base vocabulary can be produced.
+
+        `kernel_DV` is the head's, gathered from all devices; None: it is gathered here.
+        """
+        axes = ("embed", "vocab") if kernel_DV is None else None
+        kernel_DV = self.head_kernel() if kernel_DV is None else kernel_DV
+        return layers.contract(hidden_BTD.astype(self.dtype), kernel_DV, 1, axes).astype(jnp.float32)
 
     def hidden(self, batch: types.Batch, drop_rate_BT=None, rng=None):
         """Returns [B, T, D] hidden states of a packed batch, ready for `logits`."""

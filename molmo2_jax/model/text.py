@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from molmo2_jax import config as config_lib
+from molmo2_jax import sharding
 from molmo2_jax.attention import answers
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import tree_mask
@@ -110,6 +111,7 @@ class Block(nn.Module):
         attn_norm = layers.RMSNorm(c.width, eps=c.norm_eps, name="attn_norm")
         mlp_norm = layers.RMSNorm(c.width, eps=c.norm_eps, name="mlp_norm")
 
+        x_BTD = sharding.constrain(x_BTD, "rows", "length", None)
         h, kv = attention(x_BTD if c.norm_after else attn_norm(x_BTD), cos, sin, mask, memory)
         h = attn_norm(h) if c.norm_after else h
         x_BTD = x_BTD + layers.dropout(h, drop_rate_BT, rngs[0])

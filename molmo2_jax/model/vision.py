@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from molmo2_jax import config as config_lib
+from molmo2_jax import sharding
 from molmo2_jax.model import layers
 
 
@@ -39,13 +40,13 @@ class Block(nn.Module):
             return layers.Linear(shape, axes, num_in, use_bias=True, init_std=c.init_std, dtype=self.dtype,
                                  name=name)
 
-        heads, split = (c.width, c.num_heads, c.head_dim), ("embed", "heads", "head_dim")
+        heads, split = (c.width, c.num_heads, c.head_dim), ("embed", "vision_heads", "head_dim")
         h = layers.LayerNorm(c.width, c.norm_eps, name="norm1")(x_nPE)
         q, k, v = (linear(name, heads, split)(h) for name in ("q", "k", "v"))
         x_nPE = x_nPE + linear("o", heads[1:] + heads[:1], split[1:] + split[:1], 2)(full_attention(q, k, v))
         h = layers.LayerNorm(c.width, c.norm_eps, name="norm2")(x_nPE)
-        h = jax.nn.gelu(linear("fc1", (c.width, c.mlp_width), ("embed", "mlp"))(h), approximate=True)
-        return x_nPE + linear("fc2", (c.mlp_width, c.width), ("mlp", "embed"))(h)
+        h = jax.nn.gelu(linear("fc1", (c.width, c.mlp_width), ("embed", "vision_mlp"))(h), approximate=True)
+        return x_nPE + linear("fc2", (c.mlp_width, c.width), ("vision_mlp", "embed"))(h)
 
 
 class VisionTransformer(nn.Module):
@@ -59,8 +60,9 @@ class VisionTransformer(nn.Module):
     def __call__(self, patches_BMPC):
         c = self.config
         B, M, P, C = patches_BMPC.shape
+        crops_nPC = sharding.constrain(patches_BMPC.reshape(B * M, P, C), "all_crops", None, None)
         x = layers.Linear((C, c.width), (None, "embed"), use_bias=True, init_std=c.init_std,
-                          dtype=self.dtype, name="patch")(normalise(patches_BMPC.reshape(B * M, P, C)))
+                          dtype=self.dtype, name="patch")(normalise(crops_nPC))
         normal = nn.initializers.normal(c.position_init_std or c.width ** -0.5)
         normal = nn.with_logical_partitioning(normal, (None, "embed"))
         x = x + self.param("position", normal, (P, c.width)).astype(x.dtype)

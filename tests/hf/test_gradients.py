@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -75,9 +77,10 @@ def test_loss_and_gradients_of_a_packed_tree_equal_autograd(style, tmp_path):
         def value(params):
             module = molmo2.Molmo2(config)
             hidden = module.apply({"params": params}, batch, method="hidden")
-            head = lambda x: module.apply({"params": params}, x, method="logits")
-            sums = loss.chunked_sums(hidden, head, apply(method="head_kernel"), batch.targets, batch.weights, 16,
-                                     "float32")
+            apply = functools.partial(module.apply, {"params": params})
+            head = functools.partial(apply, method="logits")
+            kernel = apply(method="head_kernel")
+            sums = loss.chunked_sums(hidden, head, kernel, batch.targets, batch.weights, 16, "float32")
             return loss.objective(sums, Z_WEIGHT)[0]
         return jax.value_and_grad(value)(params)
 
