@@ -6,6 +6,7 @@ import pytest
 
 from molmo2_jax.attention import tree_mask
 from tests import packs
+from tests.attention import rows
 
 CONFIG = packs.random_config("qwen3", 0)
 T = 96
@@ -68,6 +69,56 @@ def test_a_work_list_names_each_needed_tile_once_query_by_query():
     listed = [tuple(int(x) for x in tree_mask.unpack(word)) for word in words[:int(count)]]
     assert listed == [(*at, kind) for at, kind in np.ndenumerate(classes) if kind != tree_mask.SKIP]
     assert not np.any(np.asarray(words)[int(count):])
+
+
+def test_a_key_major_list_is_the_transpose_and_flags_mark_the_ends_of_columns():
+    classes = np.array([[[1, 0, 2], [0, 0, 3], [2, 0, 0]], [[0, 0, 0], [2, 1, 0], [3, 0, 0]]], np.int32)
+    for key_major, wanted in ((False, classes), (True, classes.transpose(0, 2, 1))):
+        words, count = tree_mask.work_list(classes, key_major)
+        words = np.asarray(words)[:int(count)]
+        listed = [tuple(int(x) for x in tree_mask.unpack(word)) for word in words]
+        assert listed == [(*at, kind) for at, kind in np.ndenumerate(wanted) if kind]
+        for word, (b, row, column, _) in zip(words, listed):
+            touching = np.flatnonzero(wanted[b, :, column])
+            assert bool(word & tree_mask.FIRST_OF_COLUMN) == (row == touching[0])
+            assert bool(word & tree_mask.LAST_OF_COLUMN) == (row == touching[-1])
+        same = [bool(tree_mask.same_row(*pair)) for pair in zip(words, words[1:])]
+        assert same == [one[:2] == other[:2] for one, other in zip(listed, listed[1:])]
+
+
+def test_the_span_counts_key_tiles_open_at_once():
+    diagonal = np.eye(5, dtype=np.int32)[None]
+    assert int(tree_mask.span(diagonal)) == 1
+    diagonal[0, 4, 2] = 1  # tile 2 stays open while 3 and 4 come
+    assert int(tree_mask.span(diagonal)) == 3
+    assert int(tree_mask.span(np.tril(np.ones((2, 6, 6), np.int32)))) == 6
+
+
+@pytest.mark.parametrize("tiles", [(128, 128), (128, 512), (512, 256)])
+def test_tiles_of_the_kernels_are_exact_on_long_rows(tiles):
+    """Also where groups have gaps: then a tile may be kept in vain, never missed."""
+    classify = jax.jit(tree_mask.tile_classes, static_argnums=(1, 2))
+    for seed in range(4):
+        mask = rows.random_mask(seed, 1, 1024)
+        visible = np.asarray(jax.jit(tree_mask.dense)(mask))
+        tiled = visible.reshape(1, 1024 // tiles[0], tiles[0], 1024 // tiles[1], tiles[1])
+        needed, complete = tiled.any((2, 4)), tiled.all((2, 4))
+        classes = np.asarray(classify(mask, *tiles))
+        np.testing.assert_array_equal(classes != tree_mask.SKIP, needed)
+        assert complete[classes == tree_mask.FULL].all()
+        gaps = mask._replace(group=np.where(mask.group >= 0, 7 * mask.group + 3, -1))
+        with_gaps = np.asarray(classify(gaps, *tiles))
+        assert (with_gaps[needed] != tree_mask.SKIP).all()
+        assert complete[with_gaps == tree_mask.FULL].all()
+
+
+def test_causal_masks_packed_documents_and_everything_are_special_cases():
+    i, j = np.arange(6)[:, None], np.arange(6)[None, :]
+    np.testing.assert_array_equal(tree_mask.dense(tree_mask.causal(1, 6))[0], j <= i)
+    assert np.asarray(tree_mask.dense(tree_mask.everything(1, 6))).all()
+    segment = np.array([[0, 0, 3, 3, 3, -1], [5, 5, 5, 5, 5, 5]])
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment[:, None, :] >= 0)
+    np.testing.assert_array_equal(tree_mask.dense(tree_mask.segments(segment)), (same & (j <= i)) | (i == j))
 
 
 def test_a_work_list_holds_its_largest_tile():
