@@ -1,0 +1,146 @@
+"""Tasks and mixtures in seqio's registries, for those who live there: the same examples, rates and metrics.
+
+    seqio_bridge.register("sft", model=..., inputs=..., tokenizer=...)
+    seqio.get_mixture_or_task("molmo2_sft").get_dataset(sequence_length=None, split="train", ...)
+
+Needs the extra `seqio`, which brings TensorFlow; no other module imports this one. Every feature is an array
+of types.Sequence. What training itself reads, in which order, and how it resumes, is pipeline.py's; here
+seqio shuffles and mixes.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from data_pipelines import formats
+from data_pipelines import preparation
+from data_pipelines import sources
+from data_pipelines import tasks as task_lib
+from data_pipelines.scoring import suite
+from molmo2_jax import config
+from molmo2_jax import types
+from molmo2_jax.inputs import tokenizer as tokenizers
+
+PREFIX, SPLIT = "molmo2_", "train"
+_RANKS = {"patches": 3, "pooled": 2}            # of the fields of types.Sequence; others are vectors
+_DTYPES = {"weights": np.float32, "patches": np.uint8}
+
+
+class Vocabulary(seqio.Vocabulary):
+    """Our tokenizer behind seqio's interface; ids beyond the base vocabulary are the visual tokens."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        super().__init__(extra_ids=0)
+        self.tokenizer = tokenizer
+
+    @property
+    def bos_id(self) -> int:
+        return self.tokenizer.bos_id
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_id
+
+    @property
+    def unk_id(self) -> int:
+        return self.tokenizer.eos_id  # byte-level: no text is unknown
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.tokenizer.vocab_size + len(config.SPECIAL_TOKENS)
+
+    def _encode(self, s: str) -> Sequence[int]:
+        return self.tokenizer.encode(s)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        ids = tf.py_function(
+            lambda text: np.asarray(self._encode(text.numpy().decode()), np.int32), [s], tf.int32)
+        return tf.ensure_shape(ids, [None])
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.py_function(lambda row: self._decode(row.numpy().tolist()), [ids], tf.string)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Vocabulary) and self.tokenizer is other.tokenizer
+
+
+def register(mixture: str, *, model: config.Molmo2Config, inputs: config.InputConfig,
+             tokenizer: tokenizers.Tokenizer, max_tokens: int | None = None,
+             weights: formats.Weights = formats.Weights(),
+             mixtures: Mapping[str, task_lib.Mixture] = task_lib.MIXTURES,
+             tasks: Mapping[str, task_lib.Task] = task_lib.TASKS) -> str:
+    """Returns the name under which seqio now knows a mixture; its tasks are molmo2_MIXTURE_TASK.
+
+    An example of a task is what training reads of it in its first epoch. Records that cannot be used are
+    left out.
+
+    Raises:
+      ValueError: a folder of the mixture has no annotations that can be used, or the name is taken.
+    """
+    members = task_lib.members(mixtures[mixture])
+    examples = {member.task: _read(member.task, tasks[member.task].folder) for member in members}
+    rates = task_lib.rates(mixtures[mixture], {task: len(found) for task, found in examples.items()})
+    prepare = functools.partial(preparation.prepare, model=model, inputs=inputs, tokenizer=tokenizer,
+                                max_tokens=max_tokens, weights=weights)
+    names = {}
+    for member in members:
+        names[member.task] = f"{PREFIX}{mixture}_{''.join(c if c.isalnum() else '_' for c in member.task)}"
+        _add_task(names[member.task], examples[member.task], functools.partial(
+            prepare, weight=member.weight, high_res_share=member.high_res_share), Vocabulary(tokenizer))
+    seqio.MixtureRegistry.add(PREFIX + mixture, [(names[task], rate) for task, rate in rates.items()])
+    return PREFIX + mixture
+
+
+def _read(task: str, folder: str) -> list[types.Example]:
+    examples, errors = sources.read_jsonl_collecting(os.path.join(folder, "annotations.jsonl"), source=task)
+    if not examples:
+        raise ValueError(f"a data folder must hold a record that can be used; got none in {folder}: "
+                         f"{errors[:1]}")
+    return examples
+
+
+def _add_task(name: str, examples: Sequence[types.Example], prepare: Callable[..., types.Sequence],
+              vocabulary: Vocabulary) -> None:
+    plain = seqio.PassThroughVocabulary(size=0)
+    features = {field: seqio.Feature(vocabulary if field in ("tokens", "targets") else plain, add_eos=False,
+                                     rank=_RANKS.get(field, 1), dtype=tf.as_dtype(_dtype(field)))
+                for field in preparation.FIELDS}
+    signature = {field: tf.TensorSpec([None] * _RANKS.get(field, 1), tf.as_dtype(_dtype(field)))
+                 for field in preparation.FIELDS}
+
+    def dataset(split: str, shuffle_files: bool = False, seed: int | None = None) -> tf.data.Dataset:
+        del split, shuffle_files, seed  # seqio shuffles examples itself
+        return tf.data.Dataset.from_generator(lambda: _prepared(examples, prepare),
+                                              output_signature=signature)
+
+    source = seqio.FunctionDataSource(dataset, splits=(SPLIT,), num_input_examples={SPLIT: len(examples)})
+    seqio.TaskRegistry.add(name, source=source, preprocessors=[], output_features=features,
+                           metric_fns=[score])
+
+
+def _dtype(field: str) -> type:
+    return _DTYPES.get(field, np.int32)
+
+
+def _prepared(examples: Sequence[types.Example], prepare) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the arrays of every example that can be used, with the random choices of its first epoch."""
+    for index, example in enumerate(examples):
+        try:
+            found = prepare(example, rng=preparation.generator(index, 0))
+        except preparation.Refused:
+            continue
+        yield {field: getattr(found, field) for field in preparation.FIELDS}
+
+
+def score(targets: Sequence[suite.Answered], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns scoring.suite.score: `targets` say what was asked, `predictions` what the model said."""
+    return suite.score([dataclasses.replace(target, answer=prediction)
+                        for target, prediction in zip(targets, predictions, strict=True)])
