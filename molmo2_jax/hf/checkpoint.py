@@ -155,10 +155,10 @@ def _pending(params: Mapping[str, Any], config: config_lib.Molmo2Config) -> list
     tensors = []
     for entry in weights.entries(config, "legacy"):
         names = source_lib.tensor_shapes(entry, wanted)
-        if len(entry.tensors) == len(entry.paths):
-            makes = [lambda path=path, entry=entry: part(path, entry) for path in entry.paths]
-        else:
-            makes = [lambda entry=entry: np.concatenate([part(path, entry) for path in entry.paths])]
+        groups = [[path] for path in entry.paths]
+        if len(entry.tensors) < len(entry.paths):
+            groups = [list(entry.paths)]
+        makes = [lambda paths=paths, entry=entry: [part(path, entry) for path in paths] for paths in groups]
         tensors += map(shards.Pending, entry.tensors, names, makes)
     return tensors
 
@@ -169,8 +169,8 @@ def export_checkpoint(params: Mapping[str, Any], model_config: config_lib.Molmo2
                       overwrite: bool = False, code_from: str | pathlib.Path | None = None) -> pathlib.Path:
     """Returns `out_dir`, a folder that transformers, the released remote code and vLLM load.
 
-    It appears under its name only when complete. One tensor is held in host memory at a time. ViT layers
-    that no tap reads are left out, since no reader would create them.
+    It appears under its name only when complete. Beside the parameters, some rows of one tensor are held in
+    host memory at a time. ViT layers that no tap reads are left out, since no reader would create them.
 
     Args:
       params: the tree, boxed or not, numpy or jax arrays that this process can read in full.

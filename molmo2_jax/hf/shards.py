@@ -21,6 +21,7 @@ import numpy as np
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_CHUNK = 1 << 26  # bytes of a tensor that are brought into torch's layout at a time
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
@@ -156,10 +157,10 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 class Pending(NamedTuple):
-    """A tensor to be written; `make` returns its values when their turn comes."""
+    """A tensor to be written; when its turn comes `make` returns it in parts, laid one under the other."""
     name: str
     shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
+    make: Callable[[], Sequence[np.ndarray]]
 
 
 def _write_file(path: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype) -> None:
@@ -175,9 +176,13 @@ def _write_file(path: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape, make in tensors:
-            values = np.ascontiguousarray(make(), dtype)
-            assert values.shape == tuple(shape), (name, values.shape, shape)
-            file.write(memoryview(values.reshape(-1).view(np.uint8)))
+            parts = make()
+            assert (sum(map(len, parts)), *parts[0].shape[1:]) == tuple(shape), (name, shape)
+            step = max(1, _CHUNK // (math.prod(shape[1:]) * dtype.itemsize))
+            for part in parts:
+                for first in range(0, len(part), step):
+                    values = np.ascontiguousarray(part[first:first + step], dtype)
+                    file.write(memoryview(values.reshape(-1).view(np.uint8)))
         file.flush()
         os.fsync(file.fileno())
 

@@ -143,6 +143,15 @@ def test_reading_in_small_pieces_changes_nothing(style, dtype, tmp_path, monkeyp
     assert len(count) > 500
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_writing_in_small_pieces_changes_no_byte(dtype, tmp_path, monkeypatch):
+    config = packs.random_config("olmo", 1)
+    whole = export(tmp_path / "a", config, dtype=dtype)
+    monkeypatch.setattr(shards, "_CHUNK", 100)
+    pieces = export(tmp_path / "b", config, dtype=dtype)
+    assert (whole / shards.SINGLE).read_bytes() == (pieces / shards.SINGLE).read_bytes()
+
+
 def test_reading_part_of_a_parameter_reads_only_its_rows(tmp_path, monkeypatch):
     folder = export(tmp_path / "a")
     read, count = shards.Tensor.read, []
