@@ -29,7 +29,7 @@ BATCH_AXES = ("data", "fsdp")
 PARAMETER_RULES = {"heads": "tensor", "kv_heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 STORAGE_AXES = ("context", "fsdp")
 # Logical axes of activations: rows of a batch, rows that still lie together in fsdp, positions, crops or
-# windows of a row, crops of all rows, a width in the parts in which parameters are stored, or in some of them.
+# windows of a row, crops of all rows, a width in the parts in which parameters are stored or in some of them.
 ACTIVATION_RULES = {"rows": BATCH_AXES, "replicas": ("data",), "length": ("context",),
                     "crops": ("tensor", "context"), "all_crops": AXES, "stored": STORAGE_AXES,
                     "partly_stored": ("context",),

@@ -54,7 +54,8 @@ def test_parameters_lie_along_their_logical_axes_where_these_divide():
         return tuple(leaf.sharding.spec)
 
     assert spec("text", "layers", "attn", "q", "kernel") == (None, "fsdp", "tensor", None)
-    assert spec("text", "layers", "attn", "k", "kernel") == (None, "fsdp", None, None)  # 2 heads, 4 devices
+    # 2 heads do not divide over 4 devices: they are stored, not multiplied, in parts of the width.
+    assert spec("text", "layers", "attn", "k", "kernel") == (None, "tensor", None, None)
     assert spec("text", "layers", "attn", "o", "kernel") == (None, "tensor", None, "fsdp")
     assert spec("text", "layers", "mlp", "down", "kernel") == (None, "tensor", "fsdp")
     assert spec("base_embedding") == ("tensor", "fsdp") and spec("head") == ("fsdp", "tensor")
