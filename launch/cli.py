@@ -40,6 +40,7 @@ SEED = flags.DEFINE_integer("seed", 0, "Decides whatever is drawn at random.")
 
 USER_ERROR = 2    # exit status for what a user can correct
 INTERRUPTED = 130
+UNFINISHED = 75   # saved; the same command goes on (EX_TEMPFAIL)
 
 
 def start(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:

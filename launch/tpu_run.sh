@@ -2,7 +2,7 @@
 # Runs a command on every machine of a TPU slice, and brings it to its end.
 #
 #   launch/tpu_run.sh --name=sft --type=v5p-256 --zone=us-east5-a --project=mine --version=v2-alpha-tpuv5 \
-#       -- python -m launch.train --gin_file=gin_configs/runs/sft_8b.gin --workdir=gs://bucket/sft
+#       -- python -m launch.train --gin_file=gin_configs/runs/sft_8b.gin --workdir=/mnt/disk/sft
 #
 # Creates the slice as a queued resource, waits for it, copies the code of this folder, installs it, starts the
 # command on all machines and prints their output, each line behind the machine it came from. The command goes on

@@ -2,22 +2,24 @@
 
   python -m launch.train --gin_file=gin_configs/runs/quickstart.gin --workdir=runs/mine
 
-Ctrl-C and SIGTERM save and end the run; the same command continues it with the next batch. The work
-directory receives checkpoints, metrics.jsonl, TensorBoard files, the tokenizer and config.gin, the
-record of every setting. Paths in flags are relative to the current folder, paths in configurations
-to the root of the repository.
+Ctrl-C and SIGTERM save and end the run with status 75; the same command continues it with the next
+batch. The work directory receives checkpoints, metrics.jsonl, TensorBoard files, the tokenizer and
+config.gin, the record of every setting. Paths in flags are relative to the current folder, paths in
+configurations to the root of the repository.
 """
 
 import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 
 import jax
 from absl import flags
 
 from data_pipelines import pipeline
 from launch import cli
+from launch import hosts
 from launch import record
 from launch import run
 from launch import trained
@@ -35,8 +37,11 @@ for _name in ("gin_file", "gin", "workdir", "traceback"):
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
     config = cli.resolve("tokenizer", "data", "optim", "train")
+    hosts.join()
+    sharding.check_batch(sharding.make_mesh(config.mesh), config.data.batch_rows, config.data.row_tokens)
     if not fit(config, cli.workdir().absolute(), _first_params(config)).finished:
         print("the same command continues")
+        sys.exit(cli.UNFINISHED)
 
 
 def fit(config: run.RunConfig, workdir: pathlib.Path, params=None) -> train.Result:
@@ -47,16 +52,18 @@ def fit(config: run.RunConfig, workdir: pathlib.Path, params=None) -> train.Resu
     """
     with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
         tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer, config.model.text.vocab_size)
+        mesh = sharding.make_mesh(config.mesh)
+        share, shares = sharding.row_share(mesh)
         batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer,
-                                         shard_index=jax.process_index(), shard_count=jax.process_count())
-        tokenizer.save(workdir)
-        for line in record.save(workdir, record.gin_text(config)):
-            print(f"setting changed since the last start: {line}")
+                                         shard_index=share, shard_count=shares)
+        if jax.process_index() == 0:
+            tokenizer.save(workdir)
+            for line in record.save(workdir, record.gin_text(config)):
+                print(f"setting changed since the last start: {line}")
         with contextlib.closing(batches):
             result = train.fit(
                 model_config=config.model, config=config.train, optimiser=config.optim,
-                mesh=sharding.make_mesh(config.mesh), batches=batches, workdir=str(workdir),
-                params=params)
+                mesh=mesh, batches=batches, workdir=str(workdir), params=params)
             _report(workdir, result, batches.counters())
     return result
 

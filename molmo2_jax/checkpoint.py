@@ -1,7 +1,8 @@
 """Train state and data position, saved together and taken back together, on Orbax.
 
-A work directory holds `checkpoints/<step>/{state,data}`: `state` through TensorStore, `data` the position
-of the loader, one file per process. A step counts only when both items are complete.
+A work directory holds `checkpoints/<step>/{state,data,sums}`: `state` through TensorStore, `data` the
+position of the loader, one file per process, `sums` a checksum of every array: storage alone hands out a
+changed byte without a word. A step counts only when state and data are complete.
 """
 
 import dataclasses
@@ -55,7 +56,8 @@ class Manager:
     def __init__(self, workdir: str, keep: int = 1):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._folder = os.path.join(os.path.abspath(workdir), "checkpoints")
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": _DataHandler()}
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": _DataHandler(),
+                    "sums": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def steps(self, items: tuple[str, ...] = ("state", "data")) -> list[int]:
@@ -76,15 +78,15 @@ class Manager:
         Raises:
           ValueError: the step exists already.
         """
-        self._write(step, {"state": ocp.args.PyTreeSave(_storable(train_state)),
-                           "data": _DataSave(batches)})
+        self._write(step, _storable(train_state), {"data": _DataSave(batches)})
 
     def save_params(self, params) -> None:
         """Saves parameters alone, as step 0: to answer with or to start a run from, not to continue one."""
-        self._write(0, {"state": ocp.args.PyTreeSave({"params": params})})
+        self._write(0, {"params": params}, {})
 
-    def _write(self, step, items):
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    def _write(self, step, tree, items):
+        self._manager.save(step, force=True, args=ocp.args.Composite(
+            state=ocp.args.PyTreeSave(tree), sums=ocp.args.JsonSave(_checksums(tree)), **items))
 
     def restore(self, abstract: state_lib.TrainState, batches=None):
         """Returns the newest complete TrainState, or None; moves `batches` to its position.
@@ -92,11 +94,12 @@ class Manager:
         Newer steps that cannot be used are set aside as `<step>.damaged`: the run comes by them again.
 
         Raises:
-          ValueError: shapes or dtypes differ from `abstract` (every path that does is named), or the data
-            position belongs to other data.
+          ValueError: shapes or dtypes differ from `abstract` (every path that does is named), the data
+            position belongs to other data, or there are steps and none can be read.
         """
         target = _storable_shapes(abstract)
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        for step in reversed(steps):
             tree = self._read(step, target)
             if tree is not None:
                 self._manager.restore(step, args=ocp.args.Composite(
@@ -104,6 +107,9 @@ class Manager:
                 logging.info("restored step %d from %s", step, self._folder)
                 self._set_aside_after(step)
                 return _from_storable(tree)
+        if steps:
+            raise ValueError("a run can only go on from a checkpoint that can be read; got none among "
+                             f"{steps} in {self._folder} (move that folder away to start anew)")
         self._set_aside_after(0)
         return None
 
@@ -142,13 +148,24 @@ class Manager:
         if wrong:
             raise ValueError(f"checkpoint {step} must fit this run; got {len(wrong)} differences:\n  "
                              + "\n  ".join(wrong[:40]))
+        has_sums = _has_content(os.path.join(self._folder, str(step), "sums"))
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore(
-                target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                partial_restore=True)))["state"]
+            restored = self._manager.restore(step, args=ocp.args.Composite(
+                state=ocp.args.PyTreeRestore(
+                    target, restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True),
+                **({"sums": ocp.args.JsonRestore()} if has_sums else {})))
         except Exception as error:
             logging.error("checkpoint %d cannot be read, trying the one before: %s", step, error)
             return None
+        if has_sums:
+            changed = [path for path, value in _checksums(restored["state"]).items()
+                       if restored["sums"].get(path) != value]
+            if changed:
+                logging.error("checkpoint %d cannot be read, trying the one before: it holds other values "
+                              "than were saved in %s", step, ", ".join(changed[:10]))
+                return None
+        return restored["state"]
 
     def wait(self) -> None:
         self._manager.wait_until_finished()
@@ -182,13 +199,30 @@ def load_params(workdir: str, model: molmo2.Molmo2, mesh=None):
         manager.close()
 
 
-def _describe(tree) -> dict[str, tuple]:
-    """Returns path -> (shape, dtype) of every array; the containers' kinds do not matter."""
+def _named(tree) -> dict:
+    """Returns path -> array; the containers' kinds do not matter."""
     def name(key):
         return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
-    return {"/".join(map(name, path)): (tuple(leaf.shape), str(jnp.dtype(leaf.dtype)))
+    return {"/".join(map(name, path)): leaf
             for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0] if hasattr(leaf, "shape")}
+
+
+def _describe(tree) -> dict[str, tuple]:
+    """Returns path -> (shape, dtype) of every array."""
+    return {path: (tuple(leaf.shape), str(jnp.dtype(leaf.dtype))) for path, leaf in _named(tree).items()}
+
+
+@jax.jit
+def _sums(tree):
+    """Returns the sum of each array's 32-bit words modulo 2^32: the same on every mesh."""
+    def words(x):
+        return jax.lax.bitcast_convert_type(x, jnp.uint32) if x.dtype.itemsize == 4 else x.astype(jnp.uint32)
+    return jax.tree.map(lambda x: words(x).sum(dtype=jnp.uint32), tree)
+
+
+def _checksums(tree) -> dict[str, int]:
+    return {path: int(value) for path, value in _sums(_named(tree)).items()}
 
 
 def _has_content(folder):

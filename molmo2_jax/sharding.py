@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -66,7 +67,19 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         raise ValueError(f"mesh sizes {dict(zip(AXES, sizes))} must multiply to the number of devices; "
                          f"got {len(devices)} devices")
     # Explicit axes, the default, make Linen's logical partitioning raise.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ValueError(f"data must be a multiple of the {slices} slices; got {sizes[0]}")
+        hybrid = mesh_utils.create_hybrid_device_mesh([sizes[0] // slices, *sizes[1:]], [slices, 1, 1, 1],
+                                                      devices, allow_split_physical_axes=True)
+        return Mesh(hybrid, AXES, axis_types=kinds)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # no axis is a product of whole sides of the torus
+        return Mesh(mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES,
+                    axis_types=kinds)
 
 
 def _dividing(axes, size: int, mesh) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 
 from molmo2_jax import checkpoint
 from molmo2_jax import loss
@@ -80,7 +81,10 @@ def train_step(model: molmo2.Molmo2, tx, config: TrainConfig, state: state_lib.T
 
 
 class StopRequest:
-    """Becomes true on SIGINT or SIGTERM, so that the loop can save and leave; a second SIGINT interrupts."""
+    """Becomes true on SIGINT or SIGTERM, so that the loop can save and leave; a second SIGINT interrupts.
+
+    With several processes SIGTERM to any of them stops all behind the same step, as jax.distributed arranges.
+    """
 
     def __init__(self):
         self._event = threading.Event()
@@ -88,7 +92,7 @@ class StopRequest:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ():
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -101,7 +105,10 @@ class StopRequest:
         self._event.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def __bool__(self):
+    def at(self, step: int) -> bool:
+        """Returns whether to stop behind this step; all processes ask about the same steps."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self._event.set()
         return self._event.is_set()
 
 
@@ -135,6 +142,8 @@ def fit(*, model_config, config: TrainConfig, optimiser: optim.OptimConfig, mesh
             if state is None:
                 state = state_lib.create(model, tx, mesh, config.seed, params)
             first = int(state.step)
+            if first and not quiet and jax.process_index() == 0:
+                print(f"going on behind step {first} of {workdir}")
             layout = jax.tree.map(lambda x: x.sharding, abstract)
             step_fn = jax.jit(functools.partial(train_step, model, tx, config), donate_argnums=0,
                               out_shardings=(layout, None))
@@ -144,10 +153,11 @@ def fit(*, model_config, config: TrainConfig, optimiser: optim.OptimConfig, mesh
                 state, measured = step_fn(state, sharding.put(batch, mesh))
                 report.previous()  # of the step before, while this one runs
                 report.later(step, batch, measured)
-                if step % config.save_every == 0 or step == config.steps or stop:
+                stops = stop.at(step)
+                if step % config.save_every == 0 or step == config.steps or stops:
                     report.previous()
                     manager.save(step, state, batches)
-                if stop:
+                if stops:
                     break
             report.close()
             manager.wait()
@@ -160,8 +170,9 @@ class _Report:
     """Writes the metrics of a step once they are ready."""
 
     def __init__(self, workdir, first, config, quiet):
-        self._writer = metrics.Writer(workdir, first + 1)
-        self._progress = metrics.Progress(first, config.steps, disable=quiet)
+        is_first_host = jax.process_index() == 0
+        self._writer = metrics.Writer(workdir, first + 1) if is_first_host else None
+        self._progress = metrics.Progress(first, config.steps, disable=quiet or not is_first_host)
         self._every, self._last = config.log_every, config.steps
         self._waiting = None
 
@@ -176,10 +187,11 @@ class _Report:
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"loss and gradients of step {step} must be finite; got {values}")
         rates = self._progress.update(counts, values["loss"])
-        if step % self._every == 0 or step in (1, self._last):
+        if self._writer and (step % self._every == 0 or step in (1, self._last)):
             self._writer.write(step, {**values, **counts, **rates})
 
     def close(self):
         self.previous()
         self._progress.close()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()

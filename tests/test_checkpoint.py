@@ -146,8 +146,17 @@ def empty(folder):
     folder.mkdir()
 
 
+def flip(folder):
+    """Changes one byte of the largest file, in the middle."""
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("harm, item, words", [
-    (forget, "data", "incomplete"), (empty, "state", "incomplete"), (damage, "state", "cannot be read")])
+    (forget, "data", "incomplete"), (empty, "state", "incomplete"), (damage, "state", "cannot be read"),
+    (flip, "state", "cannot be read")])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
         harm, item, words, manager, tmp_path, caplog):
     save(manager(), 1, 2)
@@ -160,6 +169,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
     assert_restores(manager(), 3)
     assert manager().steps() == [1, 2, 3]
     assert (tmp_path / "checkpoints" / "2.damaged").is_dir()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(manager, tmp_path):
+    save(manager(), 1, 2)
+    for step in "12":
+        damage(tmp_path / "checkpoints" / step / "state")
+    with pytest.raises(ValueError, match=r"none among \[1, 2\] in .*move that folder away"):
+        manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches())
+    assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
 def test_a_save_that_was_killed_leaves_no_step_behind(manager, tmp_path):
