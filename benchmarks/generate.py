@@ -9,7 +9,6 @@ other programs on the machine disturb it little. With more threads it is wall ti
 """
 
 import os
-import tempfile
 import time
 from collections.abc import Callable
 
@@ -25,6 +24,7 @@ from molmo2_jax import decode
 from molmo2_jax import generate
 from molmo2_jax import types
 from molmo2_jax.model import molmo2
+from tests import packs
 
 SIZES = {"tiny": config_lib.nano, "small": peer.small}
 _SIZES = flags.DEFINE_multi_enum("size", list(SIZES), list(SIZES), "Model; may be repeated.")
@@ -102,9 +102,8 @@ def fastest(runs: list[Run]) -> list[tuple[float, float, np.ndarray]]:
 def compare(size: str) -> None:
     """Prints a line per case of one model."""
     config = SIZES[size]()
-    params = peer.params_of(config)
-    with tempfile.TemporaryDirectory() as folder:
-        peer_model = peer.exported(params, config, f"{folder}/model")
+    params = packs.random_params(config)
+    peer_model = peer.exported(params, config)
     model, params = molmo2.Molmo2(config, remat="none"), decode.ready(params, "float32")
     name = f"{size}, {peer.num_parameters(config) / 1e6:.1f}M"
     for case, (batch, last, prompts) in cases(config).items():

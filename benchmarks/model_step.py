@@ -17,7 +17,6 @@ counts. Needs torch and transformers.
 
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -35,6 +34,7 @@ from molmo2_jax.attention import tree_mask
 from molmo2_jax.inputs import packing
 from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.model import molmo2
+from tests import packs
 
 _THREADS = flags.DEFINE_integer("threads", 1, "Processor cores and threads of each side.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 4, "Timed steps of each side.", lower_bound=1)
@@ -129,9 +129,8 @@ def main(_) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-_THREADS.value:])  # before the first device call
     torch.set_num_threads(_THREADS.value)
     config = model_config()
-    params = peer.params_of(config)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = peer.exported(params, config, f"{folder}/model")
+    params = packs.random_params(config)
+    theirs = peer.exported(params, config)
     model, params = molmo2.Molmo2(config, remat="none"), jax.device_put(params)
     together, alone = trees(config)
     row, one = packed(together, config), packed(alone[:1], config)
