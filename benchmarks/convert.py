@@ -18,6 +18,7 @@ import time
 
 from absl import app
 from absl import flags
+from absl import logging
 
 _FOLDER = flags.DEFINE_string("folder", None, "Scratch folder of about 10 GB; default: a temporary one.")
 _STAGE = flags.DEFINE_string("stage", None, "Run this stage alone, in this process.")
@@ -112,6 +113,7 @@ def run_stage(name: str, folder: pathlib.Path) -> None:
     from molmo2_jax.hf import weights
     count = sum(math.prod(leaf.shape) for leaf in weights.abstract_params(model()).values())
     np.asarray(jax.numpy.zeros(1) + 1)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells at length what it does
     function, size = STAGES[name]
     before, start = resident("VmRSS"), time.monotonic()
     function(folder)
