@@ -9,38 +9,15 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app
 from absl import flags
 
+from benchmarks import attention_packs
 from molmo2_jax.attention import attend
-from molmo2_jax.attention import tree_mask
 
 _LENGTH = flags.DEFINE_multi_integer("length", [1024, 4096], "Tokens of the row; may be repeated.")
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls of each; the median counts.")
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
-FRAME, TIMESTAMP = 83, 6  # visual tokens of a frame and text tokens before it
-
-
-def packed_row(length: int, rng: np.random.Generator) -> tree_mask.TreeMask:
-    """Returns the mask of one row: examples of up to a quarter of the row, with two to five branches."""
-    end, group = np.arange(1, length + 1, dtype=np.int32), np.full(length, -1, np.int32)
-    start, number = 0, 0
-    while start < length:
-        frames = rng.integers(length // 6, length // 4) // (FRAME + TIMESTAMP)
-        branches = rng.integers(10, 60, rng.integers(2, 6))
-        root = min(int(frames) * (FRAME + TIMESTAMP), length - start)
-        stop = min(start + root + int(branches.sum()), length)
-        inside = np.arange(root) % (FRAME + TIMESTAMP)
-        group[start:start + root] = np.where(inside >= TIMESTAMP, number, -1)
-        end[start:start + root] = stop
-        first = start + root
-        for branch in branches:
-            end[first:min(first + branch, stop)] = min(first + branch, stop)
-            first += branch
-        start, number = stop, number + 1
-    return tree_mask.TreeMask(jnp.asarray(end)[None], jnp.asarray(group)[None])
 
 
 def median_seconds(function, *arguments) -> float:
@@ -59,7 +36,8 @@ def main(_) -> None:
     print("| tokens | density | dense fwd / fwd+bwd, ms | blocked, ms | ratio fwd / fwd+bwd |")
     print("|---|---|---|---|---|")
     for length in _LENGTH.value:
-        mask = packed_row(length, np.random.default_rng(0))
+        pack = attention_packs.Pack((length // 6, length // 4), (2, 5), (10, 60))
+        mask = attention_packs.row(pack, length, 0)
         keys = jax.random.split(jax.random.key(0), 3)
         q, k, v = (jax.random.normal(key, (1, length, heads, HEAD_DIM))
                    for key, heads in zip(keys, (HEADS, KV_HEADS, KV_HEADS)))
@@ -69,7 +47,7 @@ def main(_) -> None:
                 return attend.attend(q, k, v, mask, name)
             both = jax.grad(lambda q, k, v: forward(q, k, v).sum(), argnums=(0, 1, 2))  # noqa: B023
             seconds[name] = tuple(median_seconds(jax.jit(one), q, k, v) for one in (forward, both))
-        density = float(tree_mask.dense(mask).mean())
+        density = attention_packs.visible_pairs(mask) / length ** 2
         shown = {name: " / ".join(f"{1e3 * value:.0f}" for value in pair) for name, pair in seconds.items()}
         ratio = " / ".join(f"{slow / fast:.1f}" for slow, fast in zip(seconds["dense"], seconds["blocked"]))
         print(f"| {length} | {density:.1%} | {shown['dense']} | {shown['blocked']} | {ratio} |")

@@ -24,6 +24,7 @@ PACKS = {
     "long-video": Pack((12_500, 13_500), (3, 8), (20, 120)),
     "image-pack": Pack((1000, 1600), (1, 20), (20, 80), in_frames=False),
     "short-mix": Pack((200, 900), (1, 6), (20, 120)),
+    "causal": None,
 }
 
 
@@ -37,17 +38,16 @@ def example(pack: Pack, rng: np.random.Generator):
     return np.array(lead + one * frames), rng.integers(*pack.branch_tokens, count, endpoint=True).tolist()
 
 
-def row(name: str, length: int, seed: int) -> tree_mask.TreeMask:
+def row(pack: Pack | None, length: int, seed: int) -> tree_mask.TreeMask:
     """Returns numpy end and group [1, length]: examples one behind the other, the last ones made to fit.
 
-    "causal" is one example without visual tokens.
+    Without a pack it is one example without visual tokens.
     """
     end, group = np.arange(1, length + 1, dtype=np.int32), np.full(length, -1, np.int32)
-    if name == "causal":
+    if pack is None:
         return tree_mask.TreeMask(np.full((1, length), length, np.int32), group[None])
-    rng = np.random.default_rng((sorted(PACKS).index(name), seed))
+    rng = np.random.default_rng(seed)
     start = number = 0
-    pack = PACKS[name]
     while length - start >= 256:
         inside, branches = example(pack, rng)
         if start + len(inside) + sum(branches) > length:  # fill the row, as a packer does

@@ -57,8 +57,8 @@ def print_tiles() -> None:
     tiles = " | ".join(f"{q} x {k}" for q, k in TILES)
     print(f"| pack | density | {tiles} | full / interval / visual |")
     print("|---" * (len(TILES) + 3) + "|")
-    for name in (*attention_packs.PACKS, "causal"):
-        masks = [attention_packs.row(name, length, seed) for seed in range(_ROWS.value)]
+    for name, pack in attention_packs.PACKS.items():
+        masks = [attention_packs.row(pack, length, seed) for seed in range(_ROWS.value)]
         pairs = sum(map(attention_packs.visible_pairs, masks))
         cells = []
         for q, k in TILES:

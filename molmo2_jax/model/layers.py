@@ -14,10 +14,12 @@ import numpy as np
 
 from molmo2_jax import config as config_lib
 from molmo2_jax import sharding
+from molmo2_jax.attention import tiling
 
 REMAT_POLICIES = {
     "none": None,  # keep every activation
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(tiling.OUT, tiling.LOG_SUM),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
