@@ -214,13 +214,15 @@ def test_quickstart_objects_never_touch_and_never_leave():
         assert len({shape.colour for shape in scene.shapes}) == len(scene.shapes)
 
 
-def test_quickstart_worlds_have_every_number_of_objects_about_equally_often():
-    config, rng = synthetic.quickstart_world(), np.random.default_rng(1)
-    numbers = [
-        len(synthetic.sample_scene(rng, config, np.arange(20) / 8, 2.5, (96, 120)).shapes)
-        for _ in range(150)
-    ]
-    assert min(np.bincount(numbers)[1:4]) >= 30
+@pytest.mark.parametrize(
+    "rates, expected", [((), (0.5, 0.5)), ((3.0, 1.0), (0.75, 0.25)), ((0.0, 1.0), (0, 1))])
+def test_numbers_of_objects_come_at_their_rates(rates, expected):
+    config = dataclasses.replace(synthetic.quickstart_world(), objects=(1, 2), object_rates=rates)
+    rng = np.random.default_rng(1)
+    numbers = [len(synthetic.sample_scene(rng, config, np.zeros(1), 0.0, (96, 120)).shapes)
+               for _ in range(200)]
+    # four standard deviations of a share of 200 draws
+    np.testing.assert_allclose(np.bincount(numbers, minlength=3)[1:] / 200, expected, atol=0.14)
 
 
 def test_full_worlds_hide_objects_and_let_them_enter_and_leave():
@@ -247,6 +249,8 @@ def test_the_grid_is_every_half_second_and_the_end(duration, expected):
     [
         ({"objects": (3, 1)}, "objects must be a range"),
         ({"objects": (0, 1)}, "objects must be >= 1"),
+        ({"object_rates": (1.0, 2.0)}, "object_rates must give a rate"),
+        ({"objects": (1, 2), "object_rates": (0.0, 0.0)}, "object_rates must give a rate"),
         ({"radius": (0.1, 0.5)}, "radius must be"),
         ({"kinds": ("blob",)}, "kinds must be some of"),
         ({"annotations": (("points", 0.0),)}, "annotations must give rates"),
@@ -262,8 +266,8 @@ def test_a_world_that_cannot_be_is_refused(change, message):
 
 
 def test_an_overcrowded_world_is_refused_instead_of_searched_forever():
-    config = dataclasses.replace(synthetic.quickstart_world(), objects=(6, 6), unique="none",
-                                 radius=(0.3, 0.35))
+    config = dataclasses.replace(synthetic.quickstart_world(), objects=(6, 6), object_rates=(),
+                                 unique="none", radius=(0.3, 0.35))
     with pytest.raises(ValueError, match="must leave room"):
         synthetic.sample_scene(np.random.default_rng(0), config, np.zeros(1), 0.0, (64, 64))
 
