@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 WIDTH, HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 14, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 28, 14, 50
 _MOST_POINTS = 400
 
 
@@ -63,6 +63,8 @@ def curves_svg(curves: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
             parts.append(place.path(points, colour, 1, 0.3))
             points = np.column_stack([points[:, 0], smooth(points[:, 1])])
         parts.append(place.path(points, colour, 2.2, 1))
+        if len(clean) == 1:  # the page names the chart
+            continue
         x, y = _LEFT + place.width - 8, _TOP + 16 + 18 * number
         parts += [f'<path d="M{x - 22} {y - 5}H{x}" stroke="{colour}" stroke-width="3"/>',
                   _text(x - 28, y, name, "end")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -122,8 +123,15 @@ def _metrics(metrics: Sequence[Metric]) -> str:
 
 def _charts(curves) -> str:
     drawn = "".join(f"<figure><figcaption>{html.escape(title)}</figcaption>"
-                    f"{charts.curves_svg(lines, y_label=title)}</figure>" for title, lines in curves.items())
+                    f"{charts.curves_svg(lines, y_label=title, is_log=_spans_decades(lines))}</figure>"
+                    for title, lines in curves.items())
     return f'<div class="charts">{drawn}</div>'
+
+
+def _spans_decades(lines) -> bool:
+    """Returns whether the values of curves are positive and the largest is 100 times the smallest."""
+    values = [y for line in lines.values() for _, y in line if math.isfinite(y)]
+    return bool(values) and min(values) > 0 and max(values) > 100 * min(values)
 
 
 def _picture(picture: np.ndarray, alt: str) -> str:

@@ -60,10 +60,11 @@ def test_the_mask_picture_is_coloured_exactly_where_the_mask_allows():
 
 
 def test_curves_are_well_formed_and_leave_out_what_is_not_finite():
-    curves = {"a": [(1, 2.0), (2, float("nan")), (3, 1.0)], "b": [(1, float("inf"))]}
+    curves = {"a": [(1, 2.0), (2, float("nan")), (3, 1.0)], "b": [(1, float("inf"))], "c": [(2, 1.0)]}
     svg = charts.curves_svg(curves, y_label="loss & more")
     ElementTree.fromstring(svg)
-    assert "nan" not in svg and ">b<" not in svg and ">a<" in svg
+    assert "nan" not in svg and ">b<" not in svg and ">a<" in svg and ">c<" in svg
+    assert ">a<" not in charts.curves_svg({"a": curves["a"]})  # one curve needs no legend
     with pytest.raises(ValueError, match="finite point; got .'b'"):
         charts.curves_svg({"b": curves["b"]})
     ElementTree.fromstring(charts.curves_svg({"a": [(5, 0.0)]}))
