@@ -124,7 +124,7 @@ def test_the_real_input_pipeline_agrees_too(nano):
     config, inputs, tokenizer, params, _, model = nano
     cases = verify.examples(config, inputs, tokenizer)
     group = [one for one, _ in cases.values()]
-    assert set(cases) == {"text", "image", "several images", "video"} and len(group[1].patches) == 3
+    assert set(cases) == {"text", "image", "several images", "video"} and len(group[1].patches) > 2
     for kind, one, ours in zip(cases, group, verify.our_logits(params, config, group)):
         np.testing.assert_allclose(ours, peer.logits(model, [one], config)[0], atol=TOLERANCE, rtol=0,
                                    err_msg=kind)
