@@ -177,9 +177,10 @@ def sum_over_tokens(function, parameter, names, tokens, dtype: str):
     once, so that gradients of the parameter meet once and not in every turn of a loop inside the function.
     """
     mesh = _mesh_in_use()
-    if mesh is None:
+    # axes of one device stay out: where all are such, the partitioner refuses to sum over them
+    manual = () if mesh is None else tuple(a for a in (*BATCH_AXES, "context") if mesh.shape[a] > 1)
+    if not manual:
         return function(parameter, *tokens)
-    manual = BATCH_AXES + ("context",)
     stored = [tuple(axis for axis in ((parts,) if isinstance(parts, str) else parts or ()) if axis in manual)
               for parts in _stored(names, parameter.shape, mesh)]
 
@@ -189,7 +190,7 @@ def sum_over_tokens(function, parameter, names, tokens, dtype: str):
                 parameter = _gather_rounded(parameter, axes, place, dtype)
         return jax.tree.map(lambda total: total[None, None], function(parameter, *tokens))
 
-    spec = PartitionSpec(BATCH_AXES, "context")
+    spec = _spec_of([tuple(axis for axis in axes if axis in manual) for axes in (BATCH_AXES, ("context",))])
     partial = jax.shard_map(part, in_specs=(_spec_of(stored), *(spec,) * len(tokens)), out_specs=spec,
                             axis_names=set(manual), check_vma=False)
     return jax.tree.map(jnp.sum, partial(parameter, *tokens))
