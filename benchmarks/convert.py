@@ -98,7 +98,7 @@ STAGES = {
     "import onto 8 devices, float32": (import_onto_devices, 4),
     "launch.convert import": (convert_import, 4),
     "launch.convert export, float32": (lambda folder: convert_export(folder, "float32"), 4),
-    "launch.convert export, bfloat16": (lambda folder: convert_export(folder, "bfloat16"), 4),
+    "launch.convert export, bfloat16": (lambda folder: convert_export(folder, "bfloat16"), 2),
 }
 
 
