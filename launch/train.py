@@ -36,10 +36,9 @@ for _name in ("gin_file", "gin", "workdir", "traceback"):
 
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
-    config = cli.resolve("tokenizer", "data", "optim", "train")
+    config, workdir = cli.resolve("tokenizer", "data", "optim", "train"), cli.workdir().absolute()
     hosts.join()
-    sharding.check_batch(sharding.make_mesh(config.mesh), config.data.batch_rows, config.data.row_tokens)
-    if not fit(config, cli.workdir().absolute(), _first_params(config)).finished:
+    if not fit(config, workdir, _first_params(config)).finished:
         print("the same command continues")
         sys.exit(cli.UNFINISHED)
 
@@ -56,6 +55,7 @@ def fit(config: run.RunConfig, workdir: pathlib.Path, params=None) -> train.Resu
         share, shares = sharding.row_share(mesh)
         batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer,
                                          shard_index=share, shard_count=shares)
+        sharding.check_batch(mesh, config.data.batch_rows, config.data.row_tokens)
         if jax.process_index() == 0:
             tokenizer.save(workdir)
             for line in record.save(workdir, record.gin_text(config)):
