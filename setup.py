@@ -30,8 +30,8 @@ _REQUIRES = [
 ]
 
 _EXTRAS = {
-    # torch and transformers are the reference that exported checkpoints are compared with. libtpu compiles for
-    # TPUs that are not there; it is the version that jax 0.10.2 asks for.
+    # torch and transformers are the reference that exported checkpoints are compared with. libtpu compiles
+    # for TPUs that are not there; it is the version that jax 0.10.2 asks for.
     "test": [
         "hypothesis>=6.100,<7",
         "iscc-samples==0.6.0",   # one real clip in 21 containers
