@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import fractions
 import json
+import os
 import pathlib
 import resource
 import selectors
@@ -203,11 +204,15 @@ class Reading:
         self._process = None
 
     def _start(self):
+        root = str(pathlib.Path(__file__).parents[1])
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from benchmarks import damage; damage.read_all()"], text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            cwd=pathlib.Path(__file__).parents[1])
-        self._peak = json.loads(self._process.stdout.readline())["peak"]
+            env=os.environ | {"PYTHONPATH": root})  # PYTHONSAFEPATH may keep the current folder out
+        first = self._process.stdout.readline()
+        if not first:
+            raise RuntimeError(f"the reading process must start; it ended with {self._process.wait()}")
+        self._peak = json.loads(first)["peak"]
 
     def read(self, path: pathlib.Path) -> Outcome:
         if self._process is None:

@@ -137,7 +137,25 @@ def quickstart_lessons() -> dict[str, tuple[WorldConfig, int]]:
 
 def full_world() -> WorldConfig:
     """One to six objects that cross, hide each other, enter and leave, in clips of many sizes and rates."""
-    return WorldConfig()
+    return WorldConfig(radius=(0.11, 0.2), texture=0.4, tone=(70.0, 150.0), fps=(6, 8, 10, 12, 15),
+                       duration=(1.5, 5.0))
+
+
+def full_lessons() -> dict[str, tuple[WorldConfig, int]]:
+    """Returns name -> (world, number of examples) of a curriculum of the full world, the easiest first.
+
+    One object, then two, at rest on a lattice, as in the quickstart but in all colours; then a few that move
+    freely and keep apart; then all of it.
+    """
+    world, first = full_world(), quickstart_lessons()
+    one, two = (dataclasses.replace(first[name][0], colours=world.colours) for name in ("one", "two"))
+    few = dataclasses.replace(world, objects=(1, 3), radius=(0.14, 0.2), is_apart=True, leave_share=0.0,
+                              texture=0.3, duration=(0.5, 2.0), absent_share=0.0)
+    return {"one": (one, 6000), "two": (two, 8000), "few": (few, 10000), "many": (world, 20000)}
+
+
+# Name -> (world, lessons) of a drawn world.
+WORLDS = {"quickstart": (quickstart_world, quickstart_lessons), "full": (full_world, full_lessons)}
 
 
 def sample_scene(rng: np.random.Generator, config: WorldConfig, times: np.ndarray, duration: float,

@@ -13,10 +13,9 @@ from data_pipelines import synthetic
 from data_pipelines import workers
 from launch import cli
 
-WORLDS = {"quickstart": synthetic.quickstart_world, "full": synthetic.full_world}
 _WORLD = flags.DEFINE_enum(
-    "world", "full", sorted(WORLDS), "quickstart: one or two large objects apart. full: one to six that "
-    "cross, hide each other, enter and leave.")
+    "world", "full", sorted(synthetic.WORLDS), "quickstart: one or two large objects apart. "
+    "full: one to six that cross, hide each other, enter and leave.")
 _SPLIT = flags.DEFINE_string("split", "train", "Name of the subfolder; part of what decides the drawings.")
 _EXAMPLES = flags.DEFINE_integer("examples", 1000, "Videos, stills and sets of stills.", lower_bound=1)
 _WORKERS = flags.DEFINE_integer("workers", 2, "Processes that draw.", lower_bound=1)
@@ -29,7 +28,8 @@ def main(arguments: list[str]) -> None:
     if not cli.OUTPUT.value:
         raise ValueError("--output must name the folder to write into")
     with workers.hidden_main():
-        path = synthetic.write(cli.OUTPUT.value, WORLDS[_WORLD.value](), cli.SEED.value, _EXAMPLES.value,
+        world, _ = synthetic.WORLDS[_WORLD.value]
+        path = synthetic.write(cli.OUTPUT.value, world(), cli.SEED.value, _EXAMPLES.value,
                                _SPLIT.value, workers=_WORKERS.value)
     print(path)
 

@@ -1,7 +1,8 @@
 """Trains a small Molmo2 on drawn videos and shows what it learnt: the whole path in one command.
 
   bash launch/quickstart.sh [--workdir=runs/quickstart] [--gin='train.TrainConfig.steps = 300']
-  python -m launch.quickstart ...    # the same, inside the environment that the script made
+  bash launch/quickstart.sh --world=full    # one to six objects that hide each other; hours, not minutes
+  python -m launch.quickstart ...           # the same, inside the environment that the script made
 
 Draws clips and stills whose answers are known, makes a tokenizer, trains, answers questions about clips that
 training never saw, exports to the Hugging Face format, and writes summary.json and report.html. Ctrl-C may
@@ -42,20 +43,22 @@ from molmo2_jax.model import molmo2
 _SCALE = flags.DEFINE_float(
     "examples_scale", 1.0, "Share of the usual number of examples, for training and for scores; small for a "
     "quick look.", lower_bound=0.0)
+_WORLD = flags.DEFINE_enum(
+    "world", "quickstart", sorted(synthetic.WORLDS), "quickstart: one or two large objects apart, learnt in "
+    "minutes. full: one to six that cross, hide each other, enter and leave; takes hours.")
 for _name in ("gin", "workdir", "seed", "traceback"):
     flags.declare_key_flag(_name)
 
-GIN_FILE = "gin_configs/runs/quickstart.gin"
-FOLDER = "runs/quickstart"      # that the gin file names
 HELDOUT = "heldout"
 HELDOUT_EXAMPLES, UNTRAINED_EXAMPLES, FEWEST = 128, 32, 4
-MAX_NEW_TOKENS, UNTRAINED_NEW_TOKENS = 384, 48
+MAX_NEW_TOKENS, UNTRAINED_NEW_TOKENS = 640, 48
 WORKERS = 2                     # processes that draw
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """workdir: absolute. scale: share of the usual number of examples."""
+    """world: name in synthetic.WORLDS. workdir: absolute. scale: share of the usual number of examples."""
+    world: str
     workdir: pathlib.Path
     config: run.RunConfig
     seed: int
@@ -68,9 +71,9 @@ class Job:
     @property
     def worlds(self) -> dict[str, tuple[synthetic.WorldConfig, int, int]]:
         """Returns folder -> (world, seed, number of examples); lessons and held-out data share no seed."""
-        found = {name: (world, 2 * self.seed, count)
-                 for name, (world, count) in synthetic.quickstart_lessons().items()}
-        found[HELDOUT] = synthetic.quickstart_world(), 2 * self.seed + 1, HELDOUT_EXAMPLES
+        world, lessons = synthetic.WORLDS[self.world]
+        found = {name: (lesson, 2 * self.seed, count) for name, (lesson, count) in lessons().items()}
+        found[HELDOUT] = world(), 2 * self.seed + 1, HELDOUT_EXAMPLES
         return {name: (world, seed, max(FEWEST, round(count * self.scale)))
                 for name, (world, seed, count) in found.items()}
 
@@ -83,8 +86,9 @@ class Job:
 
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
-    workdir = cli.workdir(run.ROOT / FOLDER).absolute()
-    job = Job(workdir=workdir, config=settings(workdir, cli.bindings(), cli.SEED.value), seed=cli.SEED.value,
+    world, seed = _WORLD.value, cli.SEED.value
+    workdir = cli.workdir(run.ROOT / "runs" / world).absolute()
+    job = Job(world=world, workdir=workdir, config=settings(world, workdir, cli.bindings(), seed), seed=seed,
               scale=_SCALE.value)
     try:
         with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
@@ -94,13 +98,13 @@ def main(arguments: list[str]) -> None:
         raise
 
 
-def settings(workdir: pathlib.Path, bindings: list[str], seed: int) -> run.RunConfig:
-    """Returns the quickstart's configuration with its folders in `workdir` and its seeds moved by `seed`."""
-    config = run.resolve([GIN_FILE], bindings)
+def settings(world: str, workdir: pathlib.Path, bindings: list[str], seed: int) -> run.RunConfig:
+    """Returns the configuration of a world's run with its folders in `workdir`, its seeds moved by `seed`."""
+    config, folder = run.resolve([f"gin_configs/runs/{world}.gin"], bindings), f"runs/{world}"
 
     def moved(path: str) -> str:
-        inside = path.removeprefix(f"{FOLDER}/")
-        return path if inside == path or workdir == run.ROOT / FOLDER else str(workdir / inside)
+        inside = path.removeprefix(f"{folder}/")
+        return path if inside == path or workdir == run.ROOT / folder else str(workdir / inside)
 
     folders = tuple(moved(one) if isinstance(one, str) else (moved(one[0]), *one[1:])
                     for one in config.data.train)

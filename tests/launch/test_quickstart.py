@@ -37,16 +37,18 @@ def drawn(tmp_path_factory):
     return folder / "heldout"
 
 
-def test_the_default_work_directory_keeps_the_paths_of_the_gin_file():
-    config = quickstart.settings(run.ROOT / quickstart.FOLDER, [], 0)
-    assert config == run.resolve([quickstart.GIN_FILE])
+@pytest.mark.parametrize("world", synthetic.WORLDS)
+def test_the_default_work_directory_keeps_the_paths_of_the_gin_file(world):
+    config = quickstart.settings(world, run.ROOT / "runs" / world, [], 0)
+    assert config == run.resolve([f"gin_configs/runs/{world}.gin"])
 
 
-def test_another_work_directory_moves_every_folder_and_a_seed_moves_every_seed(tmp_path):
-    usual = run.resolve([quickstart.GIN_FILE])
-    config = quickstart.settings(tmp_path, ["train.TrainConfig.steps = 7"], 3)
+@pytest.mark.parametrize("world", synthetic.WORLDS)
+def test_another_work_directory_moves_every_folder_and_a_seed_moves_every_seed(tmp_path, world):
+    usual = run.resolve([f"gin_configs/runs/{world}.gin"])
+    config = quickstart.settings(world, tmp_path, ["train.TrainConfig.steps = 7"], 3)
     folders = [one if isinstance(one, str) else one[0] for one in config.data.train]
-    assert folders == [str(tmp_path / "data" / name) for name in synthetic.quickstart_lessons()]
+    assert folders == [str(tmp_path / "data" / name) for name in synthetic.WORLDS[world][1]()]
     assert config.tokenizer == str(tmp_path / "tokenizer")
     assert (config.train.steps, config.train.seed) == (7, usual.train.seed + 3)
     assert config.data.seed == usual.data.seed + 3
@@ -54,15 +56,15 @@ def test_another_work_directory_moves_every_folder_and_a_seed_moves_every_seed(t
 
 
 def test_a_folder_of_ones_own_stays_where_it_is(tmp_path):
-    config = quickstart.settings(tmp_path, ["pipeline.DataConfig.train = ('/elsewhere/mine',)",
-                                            "pipeline.DataConfig.lessons = ()"], 0)
+    config = quickstart.settings("quickstart", tmp_path, ["pipeline.DataConfig.train = ('/elsewhere/mine',)",
+                                                          "pipeline.DataConfig.lessons = ()"], 0)
     assert config.data.train == ("/elsewhere/mine",)
 
 
 def test_training_and_heldout_data_never_share_a_seed(tmp_path):
     seeds = {}
     for seed in range(4):
-        job = quickstart.Job(workdir=tmp_path, config=None, seed=seed, scale=0.01)
+        job = quickstart.Job(world="quickstart", workdir=tmp_path, config=None, seed=seed, scale=0.01)
         for name, (_, drawn_with, count) in job.worlds.items():
             seeds.setdefault(name == quickstart.HELDOUT, set()).add(drawn_with)
             assert count >= quickstart.FEWEST
@@ -71,7 +73,7 @@ def test_training_and_heldout_data_never_share_a_seed(tmp_path):
 
 def test_training_goes_on_with_the_same_data_only(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    job = quickstart.Job(workdir=tmp_path, config=None, seed=0, scale=1.0)
+    job = quickstart.Job(world="quickstart", workdir=tmp_path, config=None, seed=0, scale=1.0)
     watch = progress.Progress(tmp_path, 1)
     with pytest.raises(ValueError, match="must stay as they were"):
         quickstart._refuse_other_data(job, watch, "other")
