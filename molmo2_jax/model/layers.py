@@ -208,7 +208,8 @@ def stacked_params(module: nn.Module, name: str, block: nn.Module, num_layers: i
 def run_stack(body: Callable, carry, xs, remat: str):
     """Scans `body(carry, x) -> (carry, y)` over the leading axis of `xs`, rematerialised by policy name.
 
-    A list `xs` is gone through unrolled, as it is, and `y` becomes a list.
+    A list `xs` is gone through unrolled, as it is, and `y` becomes a list. Without remat all activations are
+    kept anyway, and a loop would only copy them: the scan is unrolled.
     """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat must be one of {tuple(REMAT_POLICIES)}; got {remat!r}")
@@ -220,4 +221,4 @@ def run_stack(body: Callable, carry, xs, remat: str):
         return carry, ys
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, carry, xs)
+    return jax.lax.scan(body, carry, xs, unroll=remat == "none")
