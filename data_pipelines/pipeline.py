@@ -61,6 +61,7 @@ class DataConfig:
     prefetch: int = 2                     # batches packed in advance
     weights: formats.Weights = formats.Weights()
     num_templates: int | None = None      # wordings of each kind of question; None: all
+    is_pretraining: bool = False          # questions of the first stage: "long_caption 61:", "pointing: mug"
     max_broken: int = 100
     lessons: tuple[int, ...] = ()
 
@@ -144,7 +145,7 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
         order=order.Order(list(sizes.values()), lessons, data.seed),
         examples=tuple(examples.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
         max_tokens=shape["T"], max_crops=shape["M"], max_visual_tokens=shape["R"],
-        num_templates=data.num_templates, weights=data.weights)
+        num_templates=data.num_templates, weights=data.weights, is_pretraining=data.is_pretraining)
     mine = number // shard_count
     return Batches(data, preparer, errors, number, range(shard_index * mine, (shard_index + 1) * mine))
 

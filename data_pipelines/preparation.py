@@ -45,7 +45,7 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
             tokenizer: tokenizers.Tokenizer, rng: np.random.Generator, *, train: bool = True,
             max_tokens: int | None = None, weight: types.LossWeight | float | None = None,
             high_res_share: float = 0.0, num_templates: int | None = None,
-            weights: formats.Weights = formats.Weights()) -> types.Sequence:
+            weights: formats.Weights = formats.Weights(), is_pretraining: bool = False) -> types.Sequence:
     """Returns the Sequence of an example; every random choice comes from `rng`.
 
     Args:
@@ -55,6 +55,7 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
       high_res_share: probability that a single image is cut into up to high_res_crops tiles.
       num_templates: wordings of a question that are used; None: all.
       weights: constants of the loss weights.
+      is_pretraining: whether questions are those of the first stage.
 
     Raises:
       Refused: (a ValueError) the media cannot be read, an annotation does not fit them, or the visual
@@ -66,7 +67,8 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
                                 high_res=high_res_share if train else 0.0)
     with _refusing(ledger.ANNOTATION):
         branches = formats.to_branches(example, frames_or_sizes=view, rng=rng, train=train,
-                                       num_templates=num_templates, weights=weights)
+                                       num_templates=num_templates, weights=weights,
+                                       is_pretraining=is_pretraining)
         places = rng.permutation(len(branches)) if train else range(len(branches))
         branches = [_weighted(branches[place], weight) for place in places]
         result = sequences.build(crops, branches, tokenizer, max_tokens=max_tokens,
@@ -92,13 +94,24 @@ def _refused(note: ledger.Note, reason: str, message: str) -> tuple[ledger.Note,
     return dataclasses.replace(note, reason=reason, message=message), None
 
 
+def _num_annotations(result: types.Sequence, example: types.Example) -> int:
+    """Returns how many annotations are in a sequence: its branches, of a conversation made of several its
+    answers."""
+    branches = max(int(result.branch[-1]), 0) + 1
+    if not example.dialogue_share or branches > 1:
+        return branches
+    is_learnt = np.append(False, result.weights > 0)
+    return max(int(np.sum(is_learnt[1:] & ~is_learnt[:-1])), 1)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparer:
     """Maps a number of the stream to (Note, arrays of its Sequence), or (Note, None) where it is skipped.
 
     Runs in worker processes, so it holds nothing but plain values.
 
-    max_tokens, max_crops, max_visual_tokens: budgets of a row. num_templates, weights: as in `prepare`.
+    max_tokens, max_crops, max_visual_tokens: budgets of a row. num_templates, weights, is_pretraining: as in
+    `prepare`.
     killers: (data set, index) that must not be touched again, as they kill the process.
     careful: numbers among which such an example is suspected: results leave the process one by one.
     """
@@ -113,6 +126,7 @@ class Preparer:
     max_visual_tokens: int
     num_templates: int | None = None
     weights: formats.Weights = formats.Weights()
+    is_pretraining: bool = False
     killers: frozenset[tuple[int, int]] = frozenset()
     careful: range = range(0)
 
@@ -129,7 +143,7 @@ class Preparer:
             result = self.prepare(example, member, generator(index, epoch))
         except Refused as refused:
             return _refused(note, refused.reason, str(refused))
-        note = dataclasses.replace(note, branches=max(int(result.branch[-1]), 0) + 1,
+        note = dataclasses.replace(note, branches=_num_annotations(result, example),
                                    is_cut=bool(result.targets[-1] != self.tokenizer.eos_id))
         return note, {name: getattr(result, name) for name in FIELDS}
 
@@ -142,7 +156,8 @@ class Preparer:
         """
         result = prepare(example, self.model, self.inputs, self.tokenizer, rng, max_tokens=self.max_tokens,
                          weight=member.weight, high_res_share=member.high_res_share,
-                         num_templates=self.num_templates, weights=self.weights)
+                         num_templates=self.num_templates, weights=self.weights,
+                         is_pretraining=self.is_pretraining)
         for what, used, limit in (("crops", len(result.patches), self.max_crops),
                                   ("visual tokens", len(result.pooled), self.max_visual_tokens)):
             if used > limit:

@@ -25,7 +25,8 @@ TIME_TOLERANCE = 0.01  # seconds an annotated time may lie outside its clip
 _SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes them
 _LARGEST = 1e300       # numbers beyond are as good as infinite
 
-_RECORD_FIELDS = ("video", "images", "clip", "subtitles", "size", "weight", "scale", "annotations", "masks")
+_RECORD_FIELDS = ("video", "images", "clip", "tracking_fps", "subtitles", "size", "weight", "scale",
+                  "dialogue", "annotations", "masks")
 _ANY_TYPE = ("type", "weight", "prompt")
 
 
@@ -106,10 +107,10 @@ def parse_record(record: Any, folder: str | os.PathLike, *, key: str = "", sourc
     _unique([(m["id"], m.get("time"), m.get("image")) for m in masks], "masks", "object, time and image")
     annotations = tuple(_annotation(annotation, f"annotations[{i}]", media, shared, masks)
                         for i, annotation in enumerate(_list(record["annotations"], "annotations", True)))
-    subtitles = tuple(_subtitle(entry, f"subtitles[{i}]", media)
-                      for i, entry in enumerate(_list(record.get("subtitles", []), "subtitles", False)))
-    return types.Example(annotations=annotations, video=video, images=images, clip=clip, subtitles=subtitles,
-                         source=source, key=key)
+    return types.Example(
+        annotations=annotations, video=video, images=images, clip=clip, tracking_fps=_rate(record, video),
+        subtitles=_subtitles(record.get("subtitles", []), media), source=source, key=key,
+        dialogue_share=_number(record.get("dialogue", 0.0), "dialogue", low=0.0, high=1.0))
 
 
 class _Media:
@@ -164,13 +165,21 @@ def _annotation(annotation, field: str, media: _Media, shared: Mapping, masks: t
     merged = {**{k: v for k, v in shared.items() if k in ("weight", *optional)}, **annotation}
     checked = {"type": kind, **check(merged, field, media)}
     if "prompt" in merged:
-        checked["prompt"] = _text(merged["prompt"], f"{field}.prompt")
+        checked["prompt"] = _prompt(merged["prompt"], f"{field}.prompt", kind)
     if "weight" in merged:
         checked["weight"] = _weight(merged["weight"], f"{field}.weight")
     if kind in ("points", "tracks"):
         checked["masks"] = masks
         checked["sizes"] = media.sizes
     return checked
+
+
+def _prompt(value, field, kind) -> str | dict[str, str]:
+    """Returns the text to ask, for points perhaps one text by mode."""
+    if kind != "points" or not isinstance(value, dict):
+        return _text(value, field)
+    _object(value, field, POINT_MODES, required=())
+    return {mode: _text(text, f"{field}.{mode}") for mode, text in value.items()}
 
 
 def _points(annotation, field, media) -> dict:
@@ -189,7 +198,11 @@ def _points(annotation, field, media) -> dict:
     is_known = all(one in POINT_MODES for one in modes)
     _require(is_known, f"{field}.mode", f"must be one or a list of {', '.join(POINT_MODES)}", mode)
     return {"label": _text(annotation["label"], f"{field}.label"), "points": tuple(points), "scale": scale,
-            "mode": modes[0], "modes": tuple(modes)}
+            "mode": modes[0], "modes": tuple(modes), **_style(annotation, field)}
+
+
+def _style(annotation, field) -> dict[str, str]:
+    return {"style": _text(annotation["style"], f"{field}.style")} if "style" in annotation else {}
 
 
 def _tracks(annotation, field, media) -> dict:
@@ -229,8 +242,8 @@ def _count(annotation, field, media) -> dict:
 
 
 def _qa(annotation, field, media) -> dict:
-    return {name: _text(annotation[name], f"{field}.{name}")
-            for name in ("question", "answer", "style") if name in annotation}
+    return {"question": _texts(annotation["question"], f"{field}.question"),
+            "answer": _text(annotation["answer"], f"{field}.answer"), **_style(annotation, field)}
 
 
 def _chat(annotation, field, media) -> dict:
@@ -244,6 +257,8 @@ def _choice(annotation, field, media) -> dict:
     options = [_text(option, f"{field}.options[{i}]")
                for i, option in enumerate(_list(annotation["options"], f"{field}.options", True))]
     _require(2 <= len(options) <= 26, f"{field}.options", "must be 2 to 26 texts", options)
+    is_labelled = annotation.get("labelled", True)
+    _require(isinstance(is_labelled, bool), f"{field}.labelled", "must be true or false", is_labelled)
     _unique(options, f"{field}.options", "text")
     answer = annotation["answer"]
     _require(_is_int(answer) and 0 <= answer < len(options), f"{field}.answer",
@@ -251,26 +266,37 @@ def _choice(annotation, field, media) -> dict:
     shuffle = annotation.get("shuffle", False)
     _require(isinstance(shuffle, bool), f"{field}.shuffle", "must be true or false", shuffle)
     return {"question": _text(annotation["question"], f"{field}.question"), "options": tuple(options),
-            "answer": answer, "shuffle": shuffle}
+            "answer": answer, "shuffle": shuffle, "labelled": is_labelled}
 
 
 def _caption(annotation, field, media) -> dict:
     _require(media.is_video or media.num_images, field, "of type caption must have a video or images", None)
     length = annotation.get("length", "long")
     _require(length in ("long", "short"), f"{field}.length", "must be long or short", length)
-    style = {"style": _text(annotation["style"], f"{field}.style")} if "style" in annotation else {}
-    return {"text": _text(annotation["text"], f"{field}.text"), "length": length, **style}
+    checked = {"text": _texts(annotation["text"], f"{field}.text"), "length": length,
+               **_style(annotation, field)}
+    _require(("start" in annotation) == ("end" in annotation), f"{field}.end",
+             "must be given with start, and only then", annotation.get("end"))
+    for name in ("time", "start", "end"):
+        if name in annotation:
+            _require(media.is_video, f"{field}.{name}", "must only be given with a video", annotation[name])
+            checked[name] = media.time(annotation[name], f"{field}.{name}")
+    _require(checked.get("start", 0.0) < checked.get("end", math.inf), f"{field}.end", "must be after start",
+             annotation.get("end"))
+    if "object" in annotation:
+        checked["object"] = _text(annotation["object"], f"{field}.object")
+    return checked
 
 
 # type: (required fields, optional fields, function that checks them)
 _TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable]] = {
-    "points": (("label", "points"), ("scale", "mode"), _points),
+    "points": (("label", "points"), ("scale", "mode", "style"), _points),
     "tracks": (("label", "tracks"), ("scale", "mode", "fps"), _tracks),
     "count": (("label", "count"), (), _count),
     "qa": (("question", "answer"), ("style",), _qa),
     "chat": (("turns",), (), _chat),
-    "choice": (("question", "options", "answer"), ("shuffle",), _choice),
-    "caption": (("text",), ("length", "style"), _caption),
+    "choice": (("question", "options", "answer"), ("shuffle", "labelled"), _choice),
+    "caption": (("text",), ("length", "style", "time", "start", "end", "object"), _caption),
 }
 
 
@@ -287,6 +313,24 @@ def _mask(mask, field, media) -> dict:
              mask["size"])
     return {"id": _identity(mask["id"], f"{field}.id"), **where, "size": (height, width),
             "counts": tuple(counts)}
+
+
+def _rate(record, video) -> float | None:
+    """Returns the rate of the tracks by which the video is to be sampled, if the record says one."""
+    if "tracking_fps" not in record:
+        return None
+    rate = record["tracking_fps"]
+    _require(video is not None, "tracking_fps", "must only be given with a video", rate)
+    _require(_is_positive_int(rate), "tracking_fps", "must be an integer >= 1, points per second", rate)
+    return float(rate)
+
+
+def _subtitles(value, media) -> tuple[tuple[float, float, str], ...] | str:
+    if isinstance(value, str):
+        _require(media.is_video, "subtitles", "must only be given with a video", value)
+        return _text(value, "subtitles")
+    return tuple(_subtitle(entry, f"subtitles[{i}]", media)
+                 for i, entry in enumerate(_list(value, "subtitles", False)))
 
 
 def _subtitle(entry, field, media) -> tuple[float, float, str]:
@@ -382,9 +426,17 @@ def _text(value, field) -> str:
     return value
 
 
-def _number(value, field, low: float = -math.inf) -> float:
+def _texts(value, field) -> str | tuple[str, ...]:
+    """Returns a text, or several of which each use draws one."""
+    if not isinstance(value, list):
+        return _text(value, field)
+    return tuple(_text(text, f"{field}[{i}]") for i, text in enumerate(_list(value, field, True)))
+
+
+def _number(value, field, low: float = -math.inf, high: float = math.inf) -> float:
     _require(_is_finite(value), field, "must be a finite number", value)
     _require(value >= low, field, f"must be >= {low}", value)
+    _require(value <= high, field, f"must be <= {high}", value)
     return float(value)
 
 

@@ -149,6 +149,7 @@ class InputConfig:
     max_images: int = 5
     max_frames: int = 128
     max_fps: float = 2.0
+    max_tracking_fps: int = 10             # of examples with tracking_fps; the paper says 2, its code has 10
     frame_time_text: bool = True              # the seconds before each frame, as text
     per_frame_special_tokens: bool = True     # one <frame_start>/<frame_end> pair per frame, not per video
     max_read_seconds: float = 600.0           # longest that reading the media of an example may take
@@ -158,6 +159,8 @@ class InputConfig:
                  (self.max_crops, self.high_res_crops))
         _require(self.max_frames >= 1, "max_frames must be >= 1", self.max_frames)
         _require(self.max_fps > 0, "max_fps must be > 0 frames per second", self.max_fps)
+        _require(self.max_tracking_fps >= 1, "max_tracking_fps must be >= 1 frame per second",
+                 self.max_tracking_fps)
         _require(self.max_read_seconds > 0, "max_read_seconds must be > 0", self.max_read_seconds)
         _require(min(self.overlap_margins) >= 0, "overlap_margins must be >= 0 patches",
                  self.overlap_margins)

@@ -38,7 +38,8 @@ class Example:
     images: tuple[str, ...] = ()                # paths
     clip: tuple[float, float] | None = None     # seconds
     tracking_fps: float | None = None           # rate of annotated tracks, where it decides the sampled times
-    subtitles: tuple[tuple[float, float, str], ...] = ()  # start, end in seconds; text
+    subtitles: tuple[tuple[float, float, str], ...] | str = ()  # (start, end in seconds, text), or one text
+    dialogue_share: float = 0.0  # in training: chance that the annotations are turns of one conversation
     source: str = ""                            # data set name, for counts and reports
     key: str = ""                               # where it came from: "file.jsonl:17"
 

@@ -14,7 +14,9 @@ from data_pipelines.formats import questions
 from data_pipelines.formats import tracks
 from data_pipelines.formats import view as views
 from molmo2_jax import types
+from molmo2_jax.inputs import prompt
 
+# The style of an annotation, then its turns; None if nothing is left of it at the times shown.
 _ASK: dict[str, Callable[[Mapping, views.View], tuple[str, ...] | None]] = {
     "points": points.ask_points,
     "count": points.ask_count,
@@ -32,10 +34,13 @@ class Weights:
 
     pointing, video_captions: of each answer token of points and tracks, and of captions of videos.
     length_factor: the 2 of 2 / sqrt(n tokens) for all other answers; the paper prints 4, its code has 2.
+    by_length, by_branches: whether all other answers have the two factors; in pre-training they have none.
     """
     pointing: float = 0.2
     video_captions: float = 0.1
     length_factor: float = 2.0
+    by_length: bool = True
+    by_branches: bool = True
 
     def __post_init__(self):
         if not (self.pointing >= 0 and self.video_captions >= 0 and self.length_factor > 0):
@@ -44,7 +49,8 @@ class Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Formatted:
-    """Branches in the order of the annotations; annotations[i] is the index of the one branch i came from.
+    """Branches in the order of the annotations; annotations[i] is the index of the one branch i came from,
+    of a conversation made of several (Example.dialogue_share) the first.
 
     dropped: indices of annotations of which nothing was left at the times shown.
     """
@@ -55,7 +61,8 @@ class Formatted:
 
 def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Sequence[tuple[int, int]],
                    rng: np.random.Generator | np.random.RandomState, train: bool,
-                   num_templates: int | None = None, weights: Weights = Weights()) -> Formatted:
+                   num_templates: int | None = None, weights: Weights = Weights(),
+                   is_pretraining: bool = False) -> Formatted:
     """Returns the branches of an example and where they came from. The caller shuffles them for training.
 
     Args:
@@ -65,26 +72,42 @@ def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Se
       num_templates: use only the first so many templates of each family; None: all. With 1, multiple choice
         has the layout of evaluation.
       weights: of answers without a weight of their own.
+      is_pretraining: questions of the first stage: no templates, and prefixes that say how long answers are.
 
     Raises:
       ValueError: naming example and annotation, if a point lies outside its frame, or the declared size is
         not that of the media.
     """
-    view = _view(example, frames_or_sizes, rng, train, num_templates)
-    branches, annotations, dropped = [], [], []
+    view = _view(example, frames_or_sizes, rng, train, num_templates, is_pretraining)
+    asked, dropped = [], []
     for number, annotation in enumerate(example.annotations):
         try:
-            turns = _ASK[annotation["type"]](annotation, view)
+            found = _ASK[annotation["type"]](annotation, view)
         except ValueError as error:
             raise ValueError(f"{example.key}: annotations[{number}]: {error}") from error
-        if turns is None:
+        if found is None:
             dropped.append(number)
             continue
-        if "prompt" in annotation:
-            turns = (annotation["prompt"], *turns[1:])
-        branches.append(types.Branch(turns=tuple(turns), weight=_weight(annotation, view, weights)))
-        annotations.append(number)
-    return Formatted(branches=tuple(branches), annotations=tuple(annotations), dropped=tuple(dropped))
+        style, question, *rest = found
+        if isinstance(annotation.get("prompt"), str):
+            question = annotation["prompt"]
+        asked.append((number, style, (question, *rest), _weight(annotation, view, weights)))
+    if train and example.dialogue_share and rng.uniform() < example.dialogue_share:
+        asked = _one_conversation(asked)
+    branches = [types.Branch(turns=_prefixed(style, turns, view), weight=weight)
+                for _, style, turns, weight in asked]
+    return Formatted(branches=tuple(branches), annotations=tuple(one[0] for one in asked),
+                     dropped=tuple(dropped))
+
+
+def _one_conversation(asked: list[tuple]) -> list[tuple]:
+    """Returns the questions as turns of one conversation, in order; the first decides style and weight."""
+    return [(number, style, tuple(turn for one in asked for turn in one[2]), weight)
+            for number, style, _, weight in asked[:1]]
+
+
+def _prefixed(style: str, turns: Sequence[str], view: views.View) -> tuple[str, ...]:
+    return prompt.with_prefix(view.prefix(style, turns[-1]), turns[0]), *turns[1:]
 
 
 def to_branches(example: types.Example, **how) -> tuple[types.Branch, ...]:
@@ -92,7 +115,7 @@ def to_branches(example: types.Example, **how) -> tuple[types.Branch, ...]:
     return format_example(example, **how).branches
 
 
-def _view(example, frames_or_sizes, rng, train, num_templates) -> views.View:
+def _view(example, frames_or_sizes, rng, train, num_templates, is_pretraining) -> views.View:
     is_video = isinstance(frames_or_sizes, types.Frames)
     sizes = tuple(frames_or_sizes) if not is_video else (
         (frames_or_sizes.width, frames_or_sizes.height),)
@@ -102,7 +125,7 @@ def _view(example, frames_or_sizes, rng, train, num_templates) -> views.View:
     if num_templates is not None and num_templates < 1:
         raise ValueError(f"num_templates must be >= 1; got {num_templates}")
     return views.View(sizes=sizes, seconds=frames_or_sizes.seconds if is_video else None, rng=rng,
-                      train=train, num_templates=num_templates)
+                      train=train, num_templates=num_templates, is_pretraining=is_pretraining)
 
 
 def _weight(annotation: Mapping, view: views.View, weights: Weights) -> types.LossWeight:
@@ -113,4 +136,4 @@ def _weight(annotation: Mapping, view: views.View, weights: Weights) -> types.Lo
         return types.LossWeight(scale=weights.pointing, by_length=False, by_branches=False)
     if annotation["type"] == "caption" and view.medium == "video":
         return types.LossWeight(scale=weights.video_captions, by_length=False, by_branches=False)
-    return types.LossWeight()
+    return types.LossWeight(by_length=weights.by_length, by_branches=weights.by_branches)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from data_pipelines.formats import templates
 from data_pipelines.formats import view as views
 from molmo2_jax.inputs import points
-from molmo2_jax.inputs import prompt
 
 _FORMS = {  # mode: (templates, templates naming a selection of images, style suffixes)
     "bare": (templates.POINT, templates.MULTI_POINT, ("pointing", "multi_image_pointing", "video_point")),
@@ -18,8 +17,8 @@ _FORMS = {  # mode: (templates, templates naming a selection of images, style su
 ALL_IMAGES = "all images"
 
 
-def ask_points(annotation: Mapping, view: views.View) -> tuple[str, str] | None:
-    """Returns (question, answer) for an annotation of type points; None if a point is at no time shown.
+def ask_points(annotation: Mapping, view: views.View) -> tuple[str, str, str] | None:
+    """Returns (style, question, answer) of an annotation of type points; None if a point is at no time shown.
 
     Raises:
       ValueError: a point lies outside its frame.
@@ -35,15 +34,17 @@ def ask_points(annotation: Mapping, view: views.View) -> tuple[str, str] | None:
         groups.setdefault(index, []).append(views.relative(annotation, point, view.sizes))
     label, modes = _label(annotation, view), annotation["modes"]
     mode = modes[view.below(len(modes))] if view.train and len(modes) > 1 else modes[0]
-    question = _question(mode, label, _selection_text(selection, view), view)
-    return question, _answer(mode, sorted(groups.items()), label)
+    style, question = _question(mode, label, _selection_text(selection, view), view)
+    asked = annotation.get("prompt")  # perhaps one for each mode
+    question = asked.get(mode, question) if isinstance(asked, Mapping) else question
+    return annotation.get("style", style), question, _answer(mode, sorted(groups.items()), label)
 
 
-def ask_count(annotation: Mapping, view: views.View) -> tuple[str, str]:
-    """Returns (question, answer) for an annotation of type count."""
+def ask_count(annotation: Mapping, view: views.View) -> tuple[str, str, str]:
+    """Returns (style, question, answer) of an annotation of type count."""
     label = _label(annotation, view)
     selection = ALL_IMAGES if view.medium == "images" else None
-    return _question("count", label, selection, view), points.format_count(annotation["count"])
+    return *_question("count", label, selection, view), points.format_count(annotation["count"])
 
 
 def _answer(mode: str, groups, label: str) -> str:
@@ -56,14 +57,14 @@ def _answer(mode: str, groups, label: str) -> str:
     return points.format_count(sum(len(group) for _, group in groups))
 
 
-def _question(mode: str, label: str, selection: str | None, view: views.View) -> str:
+def _question(mode: str, label: str, selection: str | None, view: views.View) -> tuple[str, str]:
     family, multi_family, styles = _FORMS[mode]
     is_plain = selection == ALL_IMAGES and mode == "bare" and view.train and view.rng.uniform() < 0.5
     if selection is not None and not is_plain:
         family = multi_family
     style = styles[("image", "images", "video").index(view.medium)]
-    text = view.pick(family).format(label=label, medium=view.medium, selection=selection)
-    return prompt.with_prefix(prompt.style_prefix(style), text)
+    template = view.pick(family, "{label}")
+    return style, template.format(label=label, medium=view.medium, selection=selection)
 
 
 def _label(annotation, view: views.View) -> str:

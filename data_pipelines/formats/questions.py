@@ -1,43 +1,86 @@
-"""Questions answered in words: free answers, conversations, multiple choice, captions."""
+"""Questions answered in words: free answers, conversations, multiple choice, captions.
+
+Each function returns the style of a question and the turns: (style, user, model, user, model ...).
+"""
 
 from collections.abc import Mapping
 
+from data_pipelines.formats import requests
 from data_pipelines.formats import templates
 from data_pipelines.formats import view as views
 from molmo2_jax.inputs import choices
 from molmo2_jax.inputs import prompt
 
 DEFAULT_STYLE = "user_qa"
+SHORT_ANSWER = "video_short_answer"
+CHOICE, CHAT = "video_multiple_choice", "text_sft"  # styles without prefix after pre-training
+
+_CAPTIONS = {  # style: ways to ask for it
+    "long_caption": templates.LONG_CAPTION, "video_long_caption": templates.LONG_CAPTION,
+    "short_caption": templates.SHORT_CAPTION, "video_short_caption": templates.SHORT_CAPTION,
+    "video_motion_caption": requests.MOTION_CAPTION, "video_object_caption": requests.OBJECT_CAPTION,
+    "video_transcript": requests.TRANSCRIPT, "video_frame_caption_timestamp": requests.FRAME_CAPTION,
+    "video_clip_caption_start_end": requests.CLIP_CAPTION,
+    "video_clip_transcript_start_end": requests.CLIP_TRANSCRIPT,
+}
 
 
-def ask_qa(annotation: Mapping, view: views.View) -> tuple[str, str]:
-    """Returns (question, answer); academic styles stand before the question."""
-    style = annotation.get("style", DEFAULT_STYLE)
-    return prompt.with_prefix(prompt.style_prefix(style), annotation["question"]), annotation["answer"]
+def ask_qa(annotation: Mapping, view: views.View) -> tuple[str, str, str]:
+    """Returns style, question, answer; questions of videos for a short answer have several wordings."""
+    style, question = annotation.get("style", DEFAULT_STYLE), view.one_of(annotation["question"])
+    if style == SHORT_ANSWER:
+        question = view.pick(requests.SHORT_ANSWER, "{question}").format(question=question)
+    return style, question, annotation["answer"]
 
 
 def ask_chat(annotation: Mapping, view: views.View) -> tuple[str, ...]:
-    """Returns all turns of a conversation."""
-    return annotation["turns"]
+    """Returns the style and all turns of a conversation."""
+    return CHAT, *annotation["turns"]
 
 
-def ask_choice(annotation: Mapping, view: views.View) -> tuple[str, str]:
-    """Returns (question with options, answer): mostly random layouts in training, else the fixed one."""
+def ask_choice(annotation: Mapping, view: views.View) -> tuple[str, str, str]:
+    """Returns style, question with options, answer: mostly random layouts in training, else the fixed one."""
     question, options, answer = annotation["question"], annotation["options"], annotation["answer"]
+    is_labelled = annotation.get("labelled", True)
     if annotation.get("shuffle") and view.train:
         places = view.rng.permutation(len(options))
         options, answer = tuple(options[place] for place in places), places.tolist().index(answer)
     if view.train and view.num_templates != 1:
-        shown = choices.format_training(question, options, answer, view.rng)
+        shown = choices.format_training(question, options, answer, view.rng, is_labelled=is_labelled)
     else:
-        shown = choices.format_evaluation(question, options)
-    return shown.prompt, shown.answer(answer)
+        shown = choices.format_evaluation(question, options, is_labelled=is_labelled)
+    return CHOICE, shown.prompt, shown.answer(answer)
 
 
-def ask_caption(annotation: Mapping, view: views.View) -> tuple[str, str]:
-    """Returns (request for a caption, caption); where the style has a prefix, that is the request."""
-    if prefix := prompt.style_prefix(annotation.get("style", "long_caption")):
-        return prefix, annotation["text"]
-    is_long = annotation["length"] == "long"
-    request = view.pick(templates.LONG_CAPTION if is_long else templates.SHORT_CAPTION)
-    return request.format(medium=view.medium), annotation["text"]
+def ask_caption(annotation: Mapping, view: views.View) -> tuple[str, str, str]:
+    """Returns style, request for a caption, caption. Styles that have no way to ask are the request."""
+    style = annotation.get("style") or _caption_style(annotation, view)
+    text = view.one_of(annotation["text"])
+    family = _CAPTIONS.get(style)
+    if family is None and prompt.style_prefix(style):
+        return style, "", text
+    if family is None:
+        family = templates.LONG_CAPTION if annotation["length"] == "long" else templates.SHORT_CAPTION
+    template = view.pick(family)
+    times = {name: annotation[name] for name in ("time", "start", "end") if name in annotation}
+    if times:
+        as_clock = view.train and view.num_templates != 1 and view.rng.uniform() < 0.5
+        times = {name: _clock(value) if as_clock else f"{value:.1f} seconds" for name, value in times.items()}
+    return style, template.format(medium=view.medium, object=annotation.get("object"), **times), text
+
+
+def _caption_style(annotation: Mapping, view: views.View) -> str:
+    """Returns the style of a caption that names none."""
+    if "time" in annotation:
+        return "video_frame_caption_timestamp"
+    if "start" in annotation:
+        return "video_clip_caption_start_end"
+    if "object" in annotation:
+        return "video_object_caption"
+    return ("video_" if view.medium == "video" else "") + f"{annotation['length']}_caption"
+
+
+def _clock(seconds: float) -> str:
+    """Returns HH:MM:SS.s."""
+    tenths = round(seconds * 10)
+    return f"{tenths // 36000:02d}:{tenths // 600 % 60:02d}:{tenths // 10 % 60:02d}.{tenths % 10}"

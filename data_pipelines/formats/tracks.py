@@ -5,21 +5,21 @@ from collections.abc import Mapping
 from data_pipelines.formats import templates
 from data_pipelines.formats import view as views
 from molmo2_jax.inputs import points
-from molmo2_jax.inputs import prompt
 
 DEFAULT_FPS = 2
 _STYLES = {"per_frame": "video_point_track_per_frame", "start_end": "video_point_ground_start_end",
            "single_point": "video_single_point_track_per_frame"}
 
 
-def ask_tracks(annotation: Mapping, view: views.View) -> tuple[str, str] | None:
-    """Returns (question, answer); None if nothing visible is left at the times shown and asked for.
+def ask_tracks(annotation: Mapping, view: views.View) -> tuple[str, str, str] | None:
+    """Returns (style, question, answer); None if nothing visible is left at the times shown and asked for.
 
     Raises:
       ValueError: a point lies outside the frame.
     """
+    style = _STYLES[annotation["mode"]]
     if not annotation["tracks"]:
-        return _prefixed(annotation, _question(annotation, view)), points.NONE
+        return style, _question(annotation, view), points.NONE
     frames = points.match_frames(_frames(annotation, view), view.seconds, views.TIME_TOLERANCE)
     start = None
     if annotation["mode"] == "single_point":
@@ -35,7 +35,7 @@ def ask_tracks(annotation: Mapping, view: views.View) -> tuple[str, str] | None:
     answer = points.format_tracks(frames, annotation["label"], scale=1)
     if not frames or not answer:
         return None
-    return _prefixed(annotation, _question(annotation, view, start)), answer
+    return style, _question(annotation, view, start), answer
 
 
 def _frames(annotation, view: views.View) -> list[points.TrackFrame]:
@@ -53,14 +53,10 @@ def _question(annotation, view: views.View, start=None) -> str:
     fps, label = annotation["fps"], annotation["label"]
     if start is not None:
         tag = points.format_points([(start[0], [start[1]])], label, scale=1)
-        return view.pick(templates.TRACK_SINGLE).format(start=tag, fps=fps)
+        return view.pick(templates.TRACK_SINGLE, "{start}").format(start=tag, fps=fps)
     family = templates.TRACK_FPS
     if annotation["mode"] == "start_end":
         family = templates.TRACK_START_END
     elif fps == DEFAULT_FPS and (not view.train or view.rng.uniform() < 0.5):
         family = templates.TRACK
-    return view.pick(family).format(label=label, fps=fps)
-
-
-def _prefixed(annotation, text: str) -> str:
-    return prompt.with_prefix(prompt.style_prefix(_STYLES[annotation["mode"]]), text)
+    return view.pick(family, "{label}").format(label=label, fps=fps)

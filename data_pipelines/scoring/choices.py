@@ -5,19 +5,26 @@ _reference rule always picks the option that fits best (reference: olmo/eval, "o
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from data_pipelines.scoring import hits
 from molmo2_jax.inputs import choices
 
 
-def score(targets: Sequence[tuple[str, Sequence[str], int]], answers: Sequence[str]) -> dict[str, float]:
-    """Returns accuracy, accuracy_reference and valid.
+class Target(NamedTuple):
+    """What was asked; `right` is the index of the right option."""
+    question: str
+    options: Sequence[str]
+    right: int
+    is_labelled: bool = True
 
-    targets: (question, options, index of the right option), one per answer.
-    """
+
+def score(targets: Sequence[Target | tuple], answers: Sequence[str]) -> dict[str, float]:
+    """Returns accuracy, accuracy_reference and valid; one Target, or tuple of its values, per answer."""
     rows = []
-    for (question, options, right), answer in zip(targets, answers, strict=True):
-        shown = choices.format_evaluation(question, options)
+    for target, answer in zip(targets, answers, strict=True):
+        question, options, right, is_labelled = Target(*target)
+        shown = choices.format_evaluation(question, options, is_labelled=is_labelled)
         chosen = choices.read_choice(answer, shown, options)
         guessed = choices.match_option(choices.answer_part(answer), shown.names)
         rows.append({"accuracy": float(chosen == right), "accuracy_reference": float(guessed == right),

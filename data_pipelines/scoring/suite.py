@@ -73,7 +73,8 @@ def _track(items):
 
 
 def _choice(items):
-    targets = [(one.annotation["question"], one.annotation["options"], one.annotation["answer"])
+    targets = [choices.Target(one.annotation["question"], one.annotation["options"],
+                              one.annotation["answer"], one.annotation.get("labelled", True))
                for one in items]
     return choices.score(targets, _answers(items))
 

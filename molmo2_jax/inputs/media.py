@@ -43,5 +43,5 @@ def see(example: types.Example, config: configs.Molmo2Config, inputs: configs.In
 def _frames(example, config, inputs) -> types.Frames:
     side = config.vision.image_size
     return video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps, clip=example.clip,
-                      tracking_fps=example.tracking_fps, size=(side, side),
-                      max_seconds=inputs.max_read_seconds)
+                      tracking_fps=example.tracking_fps, max_tracking_fps=inputs.max_tracking_fps,
+                      size=(side, side), max_seconds=inputs.max_read_seconds)

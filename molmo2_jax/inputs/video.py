@@ -22,7 +22,6 @@ from molmo2_jax.inputs import image
 from molmo2_jax.inputs import video_file
 
 MediaError = image.MediaError
-MAX_TRACKING_FPS = 10
 EDGE_SECONDS = 1e-6            # requested times stay this far inside the stream
 # Building swscale's tables costs as much as decoding a small clip; they are kept while the format stays.
 _converters = threading.local()
@@ -53,27 +52,28 @@ def sample_seconds(duration: float, max_frames: int, fps: float | None = 2.0) ->
     return np.append(times[times < duration], duration)
 
 
-def tracking_rates(video_fps: float, annotation_fps: float) -> list[int]:
-    """Returns the rates allowed for a tracking clip, ascending: at most 10 frames/s, multiples of the
+def tracking_rates(video_fps: float, annotation_fps: float, max_fps: int = 10) -> list[int]:
+    """Returns the rates allowed for a tracking clip, ascending: at most max_fps frames/s, multiples of the
     annotation's rate, dividing the video's.
 
     Raises:
       ValueError: no such rate exists.
     """
     whole = round(video_fps)
-    rates = [rate for rate in range(1, min(MAX_TRACKING_FPS, whole) + 1)
+    rates = [rate for rate in range(1, min(max_fps, whole) + 1)
              if annotation_fps > 0 and rate % annotation_fps == 0 and whole % rate == 0]
     if not rates or abs(video_fps - whole) > 0.05:
-        raise ValueError(f"a tracking clip needs a rate <= {MAX_TRACKING_FPS} frames/s that is a multiple of "
+        raise ValueError(f"a tracking clip needs a rate <= {max_fps} frames/s that is a multiple of "
                          f"annotation_fps and divides video_fps; got {annotation_fps} and {video_fps}")
     return rates
 
 
-def tracking_seconds(duration: float, max_frames: int, video_fps: float, annotation_fps: float) -> np.ndarray:
+def tracking_seconds(duration: float, max_frames: int, video_fps: float, annotation_fps: float,
+                     max_fps: int = 10) -> np.ndarray:
     """Returns float64[N] times at the densest allowed rate with which max_frames still span the clip.
 
     If even the sparsest does not, the first max_frames times of that rate. The last frame is not added.
-    (The paper says that tracking is sampled at 2 frames/s; the reference does this.)
+    (The paper says that tracking is sampled at 2 frames/s and cut: that is max_fps = 2.)
 
     Raises:
       ValueError: duration or max_frames is not positive, or no rate is allowed.
@@ -81,7 +81,7 @@ def tracking_seconds(duration: float, max_frames: int, video_fps: float, annotat
     """
     if not duration > 0 or max_frames < 1:
         raise ValueError(f"duration and max_frames must be positive; got {duration} and {max_frames}")
-    chosen, *denser = tracking_rates(video_fps, annotation_fps)
+    chosen, *denser = tracking_rates(video_fps, annotation_fps, max_fps)
     for rate in denser:
         if max_frames / rate < duration:
             break
@@ -197,7 +197,7 @@ def _wanted(reader: video_file.Reader, index: video_file.VideoIndex,
 
 
 def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, float] | None = None,
-         seconds: np.ndarray | None = None, tracking_fps: float | None = None,
+         seconds: np.ndarray | None = None, tracking_fps: float | None = None, max_tracking_fps: int = 10,
          size: tuple[int, int] | None = None, max_seconds: float = math.inf) -> types.Frames:
     """Returns the frames of a video on display at the sampled times.
 
@@ -205,7 +205,8 @@ def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, f
       max_frames, fps: as in sample_seconds; unused where `seconds` is given.
       clip: (start, end) in seconds from the start of the video; None for all of it.
       seconds: times relative to the start of the clip, instead of sampled ones.
-      tracking_fps: the rate of annotated tracks: times are those of tracking_seconds.
+      tracking_fps: the rate of annotated tracks: times are those of tracking_seconds, with at most
+        max_tracking_fps per second.
       size: (rows, columns) to which each frame is resized as soon as it is decoded; None: source size.
       max_seconds: the longest that this may take, looked at between two packets.
 
@@ -217,7 +218,7 @@ def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, f
         contents = reader.index()
         duration = clip_span(contents, clip)[1]
         if seconds is None and tracking_fps is not None:
-            seconds = tracking_seconds(duration, max_frames, contents.fps, tracking_fps)
+            seconds = tracking_seconds(duration, max_frames, contents.fps, tracking_fps, max_tracking_fps)
         elif seconds is None:
             seconds = sample_seconds(duration, max_frames, fps)
         seconds = np.asarray(seconds, np.float64)

@@ -5,6 +5,7 @@ import pytest
 
 from data_pipelines import formats
 from data_pipelines import sources
+from data_pipelines.formats import requests
 from data_pipelines.formats import templates
 from molmo2_jax import types
 from molmo2_jax.inputs import points
@@ -308,3 +309,114 @@ def test_templates_differ_and_hold_what_they_must():
             assert required <= fields <= required | {"medium"}
     everything = [template for family in families.values() for template in family]
     assert len(set(everything)) == len(everything)
+
+
+def test_pretraining_asks_by_style_and_label_and_says_how_long_the_answer_is(parse):
+    caption, chat = {"type": "caption", "text": "t" * 900}, {"type": "chat", "turns": ["Hi", "a" * 150]}
+    example = parse(image_points(1), image_points(1, mode="point_count"),
+                    image_points(1, style="cosyn_point"), caption, {**caption, "style": "transcript"}, chat,
+                    images=["a.png"])
+    asked = [turns(example, [(100, 100)], seed, train=True, is_pretraining=True) for seed in range(60)]
+    assert {tuple(question for question, _ in branches[:3]) for branches in asked} == {
+        ("pointing: mug", "point_count: mug", "cosyn_point: mug")}
+    for place, style in ((3, "long_caption"), (4, "transcript")):
+        lengths = [branches[place][0].removeprefix(style).rstrip(":") for branches in asked]
+        told = [int(length) for length in lengths if length]
+        assert 40 <= len(told) < 60 and all(50 <= length <= 70 for length in told) and len(set(told)) > 3
+    assert {branches[5][0][-4:] for branches in asked} == {": Hi"}
+    plain = turns(example, [(100, 100)], is_pretraining=True)
+    assert plain[3][0] == "long_caption 65:" and plain[5][0] == "text_sft 65: Hi"
+
+
+def test_pretraining_weighs_every_answer_token_alike(parse):
+    weights = formats.Weights(pointing=1, video_captions=1, by_length=False, by_branches=False)
+    example = parse(video_points(0.0), {"type": "caption", "text": "t"},
+                    {"type": "qa", "question": "q", "answer": "a"})
+    branches = formats.to_branches(example, frames_or_sizes=frames(), rng=np.random.default_rng(0),
+                                   train=True, weights=weights)
+    flat = types.LossWeight(scale=1, by_length=False, by_branches=False)
+    assert [branch.weight for branch in branches] == [flat] * 3
+
+
+def test_captions_of_moments_and_of_parts_name_their_times(parse):
+    clip = {"type": "caption", "text": "t", "start": 8.0, "end": 9.25}
+    example = parse({"type": "caption", "text": "t", "time": 7.5}, clip,
+                    {**clip, "style": "video_clip_transcript_start_end"}, clip=[7, 9.9])
+    assert [question for question, _ in turns(example)] == [
+        "Describe the frame at 0.5 seconds.", "Describe the video from 1.0 seconds to 2.2 seconds.",
+        "Transcribe what is said from 1.0 seconds to 2.2 seconds."]
+    asked = {question for seed in range(60) for question, _ in turns(example, seed=seed, train=True)[:2]}
+    assert any("00:00:00.5" in question for question in asked)
+    assert any("from 00:00:01.0" in question for question in asked)
+    assert any("0.5 seconds" in question for question in asked)
+    [(long, _)] = turns(parse({"type": "caption", "text": "t", "time": 3725.25}), frames([0.0, 9e9]), 5,
+                        train=True)
+    assert "01:02:05.2" in long or "3725.2 seconds" in long
+
+
+def test_captions_of_motion_and_of_an_object_stand_behind_their_style(parse):
+    example = parse({"type": "caption", "text": "t", "style": "video_motion_caption"},
+                    {"type": "caption", "text": "t", "object": "red ball"},
+                    {"type": "caption", "text": "t", "style": "video_merged_caption"})
+    assert [question for question, _ in turns(example)] == [
+        "video_motion_caption: Describe the motion in this video.",
+        "video_object_caption: Describe the red ball in this video.", "video_merged_caption:"]
+
+
+def test_each_use_draws_one_of_several_questions_or_captions(parse):
+    example = parse({"type": "qa", "question": ["q{1}", "q2"], "answer": "a"},
+                    {"type": "caption", "text": ["one", "two"]},
+                    {"type": "qa", "question": "q{}?", "answer": "a", "style": "video_short_answer"})
+    drawn = [turns(example, seed=seed, train=True) for seed in range(40)]
+    assert {branches[0][0] for branches in drawn} == {"q{1}", "q2"}
+    assert {branches[1][1] for branches in drawn} == {"one", "two"}
+    short = {branches[2][0] for branches in drawn}
+    assert len(short) > 5
+    assert all(text.startswith("video_short_answer: ") and "q{}?" in text for text in short)
+    plain = turns(example)
+    assert [plain[0][0], plain[1][1], plain[2][0]] == ["q{1}", "one", "video_short_answer: q{}?"]
+
+
+def test_points_may_have_a_prompt_for_each_mode(parse):
+    example = parse(video_points(0.5, mode=["bare", "count"], prompt={"count": "How many red cars?"}))
+    pairs = {turns(example, seed=seed, train=True, num_templates=1)[0] for seed in range(20)}
+    assert {(question, answer[:1]) for question, answer in pairs} == {
+        ("Point to the Red Cars.", "<"), ("How many red cars?", "1")}
+
+
+def test_a_prompt_keeps_the_prefix_of_its_style(parse):
+    [(question, _)] = turns(parse(tracks(CAT, mode="start_end", prompt="ends?")))
+    assert question == "video_point_ground_start_end: ends?"
+
+
+def test_options_of_a_diagram_with_letters_of_its_own_carry_none(parse):
+    example = parse({"type": "choice", "question": "Which?", "options": ["B", "A", "C"], "answer": 0,
+                     "labelled": False})
+    assert turns(example) == [("Which?\nOnly return the correct answer option.\nB\nA\nC", "B")]
+    assert {turns(example, seed=seed, train=True)[0][1] for seed in range(40)} == {"B"}
+
+
+def test_annotations_may_be_turns_of_one_conversation_at_some_uses(parse):
+    example = parse(video_points(0.0), {"type": "qa", "question": "q", "answer": "a", "style": "vqa2"},
+                    dialogue=0.25)
+    drawn = [turns(example, seed=seed, train=True, num_templates=1) for seed in range(200)]
+    joined = [branches[0] for branches in drawn if len(branches) == 1]
+    assert 30 <= len(joined) <= 70
+    points_first = ("Point to the Red Cars.", '<points coords="0.0 1 100 200">Red Cars</points>')
+    assert set(joined) == {(*points_first, "q", "a")}
+    assert len(turns(example)) == 2 and turns(example)[1][0] == "vqa2: q"
+    made = formats.format_example(example, frames_or_sizes=frames(), rng=np.random.default_rng(4), train=True)
+    weights = [branch.weight.scale for branch in made.branches]
+    assert (weights, made.annotations) in (([0.2, 1.0], (0, 1)), ([0.2], (0,)))
+
+
+def test_requests_differ_and_hold_what_they_must():
+    needed = {"SHORT_ANSWER": {"question"}, "OBJECT_CAPTION": {"object"}, "FRAME_CAPTION": {"time"},
+              "CLIP_CAPTION": {"start", "end"}, "CLIP_TRANSCRIPT": {"start", "end"}}
+    families = {name: family for name, family in vars(requests).items() if name.isupper()}
+    for name, family in families.items():
+        required = needed.get(name, set())
+        assert len(set(family)) == len(family) >= 3
+        for template in family:
+            fields = {field for _, field, _, _ in string.Formatter().parse(template) if field}
+            assert required <= fields <= required | {"medium"}

@@ -94,6 +94,14 @@ def test_times_become_relative_to_the_clip(tmp_path):
     assert example.source == tmp_path.name
 
 
+def test_what_a_record_says_about_its_use_is_kept(tmp_path):
+    path = write_lines(tmp_path, video_record(QA, tracking_fps=2, dialogue=0.2, subtitles="They talk."),
+                       video_record(QA))
+    said, silent = sources.read_jsonl(path)
+    assert (said.tracking_fps, said.dialogue_share, said.subtitles) == (2.0, 0.2, "They talk.")
+    assert (silent.tracking_fps, silent.dialogue_share, silent.subtitles) == (None, 0.0, ())
+
+
 QA = {"type": "qa", "question": "Q?", "answer": "A"}
 TRACK = {"id": 1, "points": [{"time": 0, "x": 1, "y": 2}]}
 CHOICE = {"type": "choice", "question": "Q?", "options": ["a", "b"], "answer": 0}
@@ -158,6 +166,20 @@ MASK = {"id": 1, "time": 0.5, "size": [2, 2], "counts": [1, 3]}
             video_record(QA, subtitles=[{"start": 2, "end": 1, "text": "x"}]),
             r"subtitles\[0\].end: must be after start",
         ),
+        (video_record(QA, dialogue=2), "dialogue: must be <= 1.0; got 2"),
+        (video_record(QA, tracking_fps=0.5), "tracking_fps: must be an integer >= 1.*; got 0.5"),
+        (json.dumps({"tracking_fps": 1, "annotations": [QA]}), "tracking_fps: must only be given with a"),
+        (json.dumps({"subtitles": "x", "annotations": [QA]}), "subtitles: must only be given with a video"),
+        (video_record(QA, subtitles=3), "subtitles: must be a list; got 3"),
+        (video_record({**QA, "question": []}), r"annotations\[0\].question: must not be empty"),
+        (video_record({"type": "caption", "text": "t", "start": 1}), "end: must be given with start"),
+        (video_record({"type": "caption", "text": "t", "start": 2, "end": 2}), "end: must be after start"),
+        (json.dumps({"images": ["photos/a.png"],
+                     "annotations": [{"type": "caption", "text": "t", "time": 1}]}),
+         r"annotations\[0\].time: must only be given with a video; got 1"),
+        (video_record(points(prompt={"all": "x"})),
+         r"annotations\[0\].prompt: must only have the fields bare.*'all'"),
+        (video_record({**CHOICE, "labelled": 0}), "labelled: must be true or false; got 0"),
         (video_record(points(mode="all")),
          r"annotations\[0\].mode: must be one or a list of bare, .*; got 'all'"),
         (

@@ -65,6 +65,8 @@ def test_a_tracking_clip_is_sampled_by_its_annotations_rate(film):
         np.testing.assert_array_equal(frames.seconds, times)
     few = media.see(example, NANO, dataclasses.replace(INPUTS, max_frames=6), TOKENIZER)[1]
     np.testing.assert_array_equal(few.seconds, np.arange(6) / 2)
+    paper = dataclasses.replace(INPUTS, max_frames=5, max_tracking_fps=2)  # 2 frames/s, cut behind the fifth
+    np.testing.assert_array_equal(media.see(example, NANO, paper, TOKENIZER)[1].seconds, np.arange(5) / 2)
     with pytest.raises(ValueError, match="tracking clip needs a rate"):
         media.see(dataclasses.replace(example, tracking_fps=3), NANO, inputs, TOKENIZER)
 
