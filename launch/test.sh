@@ -3,12 +3,14 @@
 #
 #   bash launch/test.sh [arguments of pytest, e.g. tests/inputs -k video]
 #
-# Creates or extends .venv at the root of the repository. Paths are relative to that root.
+# Creates or extends .venv at the root of the repository. Paths are relative to that root. Files of tests
+# run side by side on up to four cores; `-n 0` runs them in one process.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 install test
 cd "$ROOT"
-step "running the tests" "$PYTHON" -m pytest -q --durations=10 "$@"
+step "running the tests" "$PYTHON" -m pytest -q --durations=10 \
+  -n auto --maxprocesses 4 --dist loadfile "$@"
 step "checking the style of the code" "$PYTHON" -m ruff check --quiet .
 echo "== everything together took $SECONDS s"
