@@ -18,15 +18,16 @@ from jax.sharding import PartitionSpec
 
 from molmo2_jax import sharding
 from molmo2_jax.attention import blocked
+from molmo2_jax.attention import pallas_gpu
 from molmo2_jax.attention import pallas_tpu
 from molmo2_jax.attention import tiling as tiling_lib
 from molmo2_jax.attention import tree_mask
 
 TILE = 64  # positions per side of a tile of the blocked path
-INTERPRETED = "pallas_tpu_interpret"  # the kernel's program run by XLA on any device, slowly: for tests
-IMPLEMENTATIONS = ("dense", "blocked", "pallas_tpu", INTERPRETED)
-DEFAULTS = {"tpu": "pallas_tpu"}  # by platform; blocked elsewhere
-_EXECUTE = {"blocked": blocked.attend, "pallas_tpu": pallas_tpu.attend, INTERPRETED: pallas_tpu.attend}
+INTERPRETED = "_interpret"  # a kernel's program run by XLA on any device, slowly: for tests
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # by platform; blocked elsewhere
+IMPLEMENTATIONS = ("dense", "blocked", *KERNELS.values(), *(name + INTERPRETED for name in KERNELS.values()))
+_EXECUTE = {"blocked": blocked.attend, "pallas_tpu": pallas_tpu.attend, "pallas_gpu": pallas_gpu.attend}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("mask", "work"),
@@ -55,17 +56,21 @@ def _say_once(implementation: str, platform: str) -> None:
 def _check(implementation: str | None) -> None:
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation must be one of {IMPLEMENTATIONS}; got {implementation!r}")
-    if implementation == "pallas_tpu" and platform() != "tpu":
-        raise ValueError(f"implementation 'pallas_tpu' needs a TPU; got {platform()!r} "
-                         f"({INTERPRETED!r} runs it anywhere, slowly)")
+    if implementation in KERNELS.values() and KERNELS.get(platform()) != implementation:
+        needed = implementation.removeprefix("pallas_").upper()
+        raise ValueError(f"implementation {implementation!r} needs a {needed}; got {platform()!r} "
+                         f"('{implementation}{INTERPRETED}' runs it anywhere, slowly)")
 
 
 def _tiling(implementation: str, rows: int, num_queries: int, num_keys: int, num_groups: int, head_dim: int):
     """Returns the tiling for the part of attention that one device does."""
     if implementation == "pallas_tpu":
         return pallas_tpu.choose_tiling(rows, num_queries, num_keys, num_groups, head_dim)
-    return tiling_lib.Tiling(query_tile=TILE, key_tile=TILE, ring=tree_mask.MAX_TILES,
-                             interpret=implementation == INTERPRETED)
+    if implementation == "pallas_gpu":
+        return pallas_gpu.choose_tiling(head_dim)
+    ring = 0 if implementation.startswith("pallas_gpu") else tree_mask.MAX_TILES
+    return tiling_lib.Tiling(query_tile=TILE, key_tile=TILE, ring=ring,
+                             interpret=implementation.endswith(INTERPRETED))
 
 
 def plan(mask: tree_mask.TreeMask, num_heads: int, num_kv_heads: int, head_dim: int,
@@ -74,7 +79,7 @@ def plan(mask: tree_mask.TreeMask, num_heads: int, num_kv_heads: int, head_dim: 
 
     Args:
       implementation: "dense" materialises the mask (tests), "blocked" visits the tiles that the mask touches,
-        "pallas_tpu" does so in a kernel. None picks the kernel on TPU, else "blocked".
+        "pallas_tpu" and "pallas_gpu" do so in a kernel. None picks that of the platform, else "blocked".
 
     Raises:
       ValueError: unknown implementation, or one that cannot do this.
@@ -82,7 +87,7 @@ def plan(mask: tree_mask.TreeMask, num_heads: int, num_kv_heads: int, head_dim: 
     _check(implementation)
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of key heads; got {num_heads} and {num_kv_heads}")
-    implementation = implementation or DEFAULTS.get(platform(), "blocked")
+    implementation = implementation or KERNELS.get(platform(), "blocked")
     _say_once(implementation, platform())
     if implementation == "dense":
         return Plan(mask, None, implementation, None, None)
@@ -131,7 +136,8 @@ def attend(q_BTNH, k_BTKH, v_BTKH, mask: tree_mask.TreeMask | Plan, implementati
             mask = plan(mask, q_BTNH.shape[2], k_BTKH.shape[2], q_BTNH.shape[3], implementation)
         if mask.implementation == "dense":
             return attend_visible(q_BTNH, k_BTKH, v_BTKH, tree_mask.dense(mask.mask))
-        execute = functools.partial(_EXECUTE[mask.implementation], tiling=mask.tiling)
+        execute = functools.partial(_EXECUTE[mask.implementation.removesuffix(INTERPRETED)],
+                                    tiling=mask.tiling)
         if mask.axes is None:
             return execute(q_BTNH, k_BTKH, v_BTKH, mask.work)
         return _attend_in_parts(execute, mask.axes, q_BTNH, k_BTKH, v_BTKH, mask.work)

@@ -49,10 +49,9 @@ def _tiles(work, tiling):
     query_group = work.query_group.reshape(batch, -1, tiling.query_tile)
 
     def visible(b, q, k):
-        i = work.first[b] + q * tiling.query_tile + jnp.arange(tiling.query_tile)[:, None]
-        j = k * tiling.key_tile + jnp.arange(tiling.key_tile)[None, :]
-        causal = (j <= i) & (i < end[b, k][None])
-        return causal | (query_group[b, q][:, None] == key_group[b, k][None])
+        i = work.first[b] + q * tiling.query_tile + jnp.arange(tiling.query_tile)
+        j = k * tiling.key_tile + jnp.arange(tiling.key_tile)
+        return tiling_lib.visible(i[:, None], j, end[b, k], query_group[b, q][:, None], key_group[b, k])
 
     return visible
 
@@ -96,7 +95,7 @@ def _forward(tiling, q_BTNH, k_BSKH, v_BSKH, work):
 
     zeros = jnp.zeros(q.shape[:-1], jnp.float32)
     start = (zeros + MASKED, zeros, jnp.zeros(q.shape, jnp.float32))
-    m, l, acc = jax.lax.fori_loop(0, work.count[0], step, start)
+    m, l, acc = jax.lax.fori_loop(0, work.borders[-1], step, start)
     out = checkpoint_name(acc / l[..., None], tiling_lib.OUT)
     log_sum = checkpoint_name(m + jnp.log(l), tiling_lib.LOG_SUM)
     joined = _join_queries(out, tiling.query_tile).astype(q_BTNH.dtype)
@@ -125,7 +124,7 @@ def _backward(tiling, residuals, grad_BTNH):
         return dq.at[b, i].add(add_q), dk.at[b, j].add(add_k), dv.at[b, j].add(add_v)
 
     start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    dq, dk, dv = jax.lax.fori_loop(0, work.count[0], step, start)
+    dq, dk, dv = jax.lax.fori_loop(0, work.borders[-1], step, start)
     return (_join_queries(dq, tiling.query_tile).astype(q_BTNH.dtype), _join_keys(dk).astype(k_BSKH.dtype),
             _join_keys(dv).astype(v_BSKH.dtype), tiling_lib.no_gradient(work))
 

@@ -4,23 +4,17 @@ Tiles that nobody needs are neither loaded nor visited: the grid runs over a wor
 known on the device. Tiles in which everybody sees everybody are computed without a mask; in the others the
 mask is made in the kernel from two integers per key. A tile holds all query heads of a key head, so keys and
 values are loaded once for the whole group and never repeated.
-
-B rows, T queries, S keys, N query heads, K key heads, G = N/K, H head width.
 """
 
 import functools
-import math
 
-import jax
-import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
+from molmo2_jax.attention import flash
 from molmo2_jax.attention import pallas_tpu_kernels as kernels
 from molmo2_jax.attention import tiling as tiling_lib
 
 LANES = kernels.LANES
-LOG2_E = math.log2(math.e)
 MAX_WORDS = 2**17    # of a work list: 512 KiB, half of the scalar memory of a core
 RESERVED = 16 * 2**20  # bytes of fast memory for everything but the ring
 
@@ -53,37 +47,4 @@ def choose_tiling(rows: int, num_queries: int, num_keys: int, num_groups: int, h
     return tiling_lib.Tiling(query_tile=query_tile, key_tile=key_tile, ring=ring, vmem_bytes=vmem_bytes)
 
 
-def attend(q_BTNH, k_BSKH, v_BSKH, work: tiling_lib.Work, tiling: tiling_lib.Tiling):
-    """Returns [B, T, N, H]: softmax attention where the mask of `work` allows, in the dtype of q."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    # Scores are base-2 logarithms. XLA fuses this with the rotation in front of it.
-    q = (q_BTNH.astype(jnp.float32) * (H ** -0.5 * LOG2_E)).astype(q_BTNH.dtype)
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))
-
-    def widen(x, length):
-        return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, length - x.shape[-2]), (0, 0)))
-
-    num_keys = work.keys.shape[-1]
-    out = _attend(tiling, widen(q, work.query_group.shape[-1]), widen(k, num_keys), widen(v, num_keys), work)
-    return out[..., :T, :].transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(tiling, q_BKGTH, k_BKSH, v_BKSH, work):
-    return kernels.forward(q_BKGTH, k_BKSH, v_BKSH, work, tiling)[0]
-
-
-def _forward(tiling, q, k, v, work):
-    out, log_sum = kernels.forward(q, k, v, work, tiling)
-    out, log_sum = checkpoint_name(out, tiling_lib.OUT), checkpoint_name(log_sum, tiling_lib.LOG_SUM)
-    return out, (q, k, v, out, log_sum, work)
-
-
-def _backward(tiling, residuals, grad):
-    q, k, v, out, log_sum, work = residuals
-    return *kernels.backward(q, k, v, out, log_sum, grad, work, tiling), tiling_lib.no_gradient(work)
-
-
-_attend.defvjp(_forward, _backward)
+attend = functools.partial(flash.attend, flash.Kernels(kernels.forward, kernels.backward))

@@ -11,26 +11,17 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from molmo2_jax.attention import flash
 from molmo2_jax.attention import tiling as tiling_lib
 from molmo2_jax.attention import tree_mask
 
 LANES = 128
-MASKED = -0.7 * float(np.finfo(np.float32).max)  # finite: inf - inf would be NaN
-LN_2 = math.log(2)
 EXPECTED_SHARE = 0.25  # of all pairs is visible in packed rows; tells the scheduler how long a call takes
 KINDS = (tree_mask.FULL, tree_mask.INTERVAL, tree_mask.VISUAL)
-
-
-def _dot(a, b, contract):
-    """Returns a product in float32; `contract` has the axis of each side that is summed."""
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=exact,
-                           preferred_element_type=jnp.float32)
 
 
 def _widen(x_R128, width):
@@ -56,7 +47,7 @@ def _borders(words, n):
 def _for_each_kind(word, compute):
     """Calls compute(kind) for the class of the word: three programs, so a full tile pays for no mask."""
     for kind in KINDS:
-        pl.when((word & 3) == kind)(functools.partial(compute, kind))
+        pl.when(tree_mask.is_class(word, kind))(functools.partial(compute, kind))
 
 
 class _Call:
@@ -65,8 +56,9 @@ class _Call:
     def __init__(self, q, k, work, tiling, key_major=False):
         self.B, self.K, self.G, self.T, self.H = q.shape
         self.S, self.tiling = k.shape[2], tiling
-        self.words, self.count = ((work.key_words, work.key_count) if key_major
-                                  else (work.words, work.count))
+        self.words, borders = ((work.key_words, work.key_borders) if key_major
+                               else (work.words, work.borders))
+        self.count = borders[-1]
         self.first, self.masks = work.first, (work.query_group, work.keys)
         query, key = tree_mask.row_of, tree_mask.column_of
         if key_major:
@@ -90,7 +82,7 @@ class _Call:
         return pl.pallas_call(
             functools.partial(kernel, tiling=self.tiling),
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2, grid=(self.K, self.count[0]),
+                num_scalar_prefetch=2, grid=(self.K, self.count),
                 in_specs=[*in_specs, *self.mask_specs], out_specs=out_specs, scratch_shapes=scratch),
             out_shape=out_shapes,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"),
@@ -126,27 +118,27 @@ def _forward_kernel(words, first, q, k, v, query_group, keys, out, log_sum, maxi
 
     @pl.when(starts)
     def _():
-        maximum[...] = jnp.full_like(maximum, MASKED)
+        maximum[...] = jnp.full_like(maximum, flash.MASKED)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
         group[...] = _down(query_group[...])
 
     def compute(kind):
-        s = _dot(q[...].reshape(G * q_tile, H), k[...], (1, 1))
+        s = flash.dot(q[...].reshape(G * q_tile, H), k[...], (1, 1))
         if kind != tree_mask.FULL:
             i = lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 0)
             j = lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 1)
             visible = (j - i <= query_0 - key_0) & (i < keys[0:1, :] - query_0)
             if kind == tree_mask.VISUAL:
                 visible |= _widen(group[...], k_tile) == keys[1:2, :]
-            s = jnp.where(visible[None], s.reshape(G, q_tile, k_tile), MASKED).reshape(s.shape)
+            s = jnp.where(visible[None], s.reshape(G, q_tile, k_tile), flash.MASKED).reshape(s.shape)
         old = maximum[...]
         new = jnp.maximum(old, s.max(-1, keepdims=True))
         p = jnp.exp2(s - _widen(new, k_tile))
         decay = jnp.exp2(old - new)
         maximum[...] = new
         total[...] = decay * total[...] + p.sum(-1, keepdims=True)
-        acc[...] = _widen(decay, H) * acc[...] + _dot(p.astype(v.dtype), v[...], (1, 0))
+        acc[...] = _widen(decay, H) * acc[...] + flash.dot(p.astype(v.dtype), v[...], (1, 0))
 
     _for_each_kind(word, compute)
 
@@ -158,9 +150,8 @@ def _forward_kernel(words, first, q, k, v, query_group, keys, out, log_sum, maxi
             log_sum[g:g + 1, :] = sums[g * q_tile:(g + 1) * q_tile, :].T[0:1, :]
 
 
-def backward(q, k, v, out, log_sum, grad, work: tiling_lib.Work, tiling: tiling_lib.Tiling):
+def backward(q, k, v, grad, log_sum, delta, work: tiling_lib.Work, tiling: tiling_lib.Tiling):
     """Returns (dq, dk, dv) of the scaled queries, keys and values, in the layout of `forward`."""
-    delta = (out.astype(jnp.float32) * grad.astype(jnp.float32)).sum(-1)
     operands = (q, k, v, grad, log_sum, delta)
     fused = lambda: _fused(operands, work, tiling)
     split = lambda: (_query_gradient(operands, work, tiling), *_key_gradients(operands, work, tiling))
@@ -185,7 +176,7 @@ def _tile_gradients(kind, word_tiles, q, k, v, grad, log_sum, delta, query_group
     G, q_tile, H = q.shape
     k_tile = k.shape[0]
     along = lambda x: jnp.concatenate([x[g:g + 1, :] for g in range(G)], axis=1)
-    p = jnp.exp2(_dot(k[...], q[...].reshape(G * q_tile, H), (1, 1)) - along(log_sum))
+    p = jnp.exp2(flash.dot(k[...], q[...].reshape(G * q_tile, H), (1, 1)) - along(log_sum))
     if kind != tree_mask.FULL:
         i = lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 1)
         j = lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 0)
@@ -193,7 +184,7 @@ def _tile_gradients(kind, word_tiles, q, k, v, grad, log_sum, delta, query_group
         if kind == tree_mask.VISUAL:
             visible |= _widen(_down(keys[1:2, :]), q_tile) == query_group[...]
         p = jnp.where(jnp.tile(visible, (1, G)), p, 0.0)
-    dp = _dot(v[...], grad[...].reshape(G * q_tile, H), (1, 1))
+    dp = flash.dot(v[...], grad[...].reshape(G * q_tile, H), (1, 1))
     ds = p * (dp - along(delta))
     return p.astype(q.dtype), ds.astype(q.dtype)
 
@@ -254,20 +245,20 @@ def _fused_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys
 
     def compute(kind):
         p, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
-        dv[slot, :] += _dot(p, grad[...].reshape(G * q_tile, H), (1, 0))
-        dk[slot, :] += _dot(ds, q[...].reshape(G * q_tile, H), (1, 0))
-        dq[...] += _dot(ds, k[...], (0, 0))
+        dv[slot, :] += flash.dot(p, grad[...].reshape(G * q_tile, H), (1, 0))
+        dk[slot, :] += flash.dot(ds, q[...].reshape(G * q_tile, H), (1, 0))
+        dq[...] += flash.dot(ds, k[...], (0, 0))
 
     _for_each_kind(word, compute)
 
     @pl.when(ends)
     def _():
-        dq_out[...] = (dq[...] * LN_2).astype(dq_out.dtype).reshape(dq_out.shape)
+        dq_out[...] = (dq[...] * flash.LN_2).astype(dq_out.dtype).reshape(dq_out.shape)
 
     @pl.when((word & tree_mask.LAST_OF_COLUMN) != 0)
     def _():
         pl.when(is_copying[0] == 1)(wait)  # of the key tile before this one; it had a step or more
-        stage[0] = (dk[slot, :] * LN_2).astype(stage.dtype)
+        stage[0] = (dk[slot, :] * flash.LN_2).astype(stage.dtype)
         stage[1] = dv[slot, :].astype(stage.dtype)
         for copy in copies:
             copy.start()
@@ -297,13 +288,13 @@ def _query_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys
 
     def compute(kind):
         _, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
-        dq[...] += _dot(ds, k[...], (0, 0))
+        dq[...] += flash.dot(ds, k[...], (0, 0))
 
     _for_each_kind(word, compute)
 
     @pl.when(ends)
     def _():
-        dq_out[...] = (dq[...] * LN_2).astype(dq_out.dtype).reshape(dq_out.shape)
+        dq_out[...] = (dq[...] * flash.LN_2).astype(dq_out.dtype).reshape(dq_out.shape)
 
 
 def _key_gradients(operands, work, tiling):
@@ -331,12 +322,12 @@ def _key_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys, 
 
     def compute(kind):
         p, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
-        dv[...] += _dot(p, grad[...].reshape(G * q_tile, H), (1, 0))
-        dk[...] += _dot(ds, q[...].reshape(G * q_tile, H), (1, 0))
+        dv[...] += flash.dot(p, grad[...].reshape(G * q_tile, H), (1, 0))
+        dk[...] += flash.dot(ds, q[...].reshape(G * q_tile, H), (1, 0))
 
     _for_each_kind(word, compute)
 
     @pl.when(ends)
     def _():
-        dk_out[...] = (dk[...] * LN_2).astype(dk_out.dtype)
+        dk_out[...] = (dk[...] * flash.LN_2).astype(dk_out.dtype)
         dv_out[...] = dv[...].astype(dv_out.dtype)

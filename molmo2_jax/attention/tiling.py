@@ -39,9 +39,9 @@ class Work(NamedTuple):
     query_group: jax.Array    # int32[B, 1, T], -1 for text
     keys: jax.Array           # int32[B, 2, S]: end; group, -2 for text
     words: jax.Array          # query-major list of tiles
-    count: jax.Array          # int32[1]
-    key_words: jax.Array | None   # key-major list, where the backward pass may need two passes
-    key_count: jax.Array | None   # int32[1]
+    borders: jax.Array        # of the rows of the list; the last is its length
+    key_words: jax.Array | None    # key-major list, where the backward pass may need two passes
+    key_borders: jax.Array | None
     span: jax.Array | None        # int32[1], ring that the mask needs
     touched: jax.Array | None     # bool[B, S], keys in a tile that is visited; None: all are
 
@@ -49,6 +49,11 @@ class Work(NamedTuple):
 def no_gradient(work: Work) -> Work:
     """Returns what the gradient of integers is."""
     return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), work)
+
+
+def visible(i, j, end, query_group, key_group):
+    """Returns whether query position i sees key position j; the integers are those of a Work, broadcast."""
+    return ((j <= i) & (i < end)) | (query_group == key_group)
 
 
 def round_up(length: int, tile: int) -> int:
@@ -72,12 +77,12 @@ def prepare(mask: tree_mask.TreeMask, queries: tree_mask.Queries, tiling: Tiling
     mask = tree_mask.pad(mask, key_tiles * tiling.key_tile)
     queries = tree_mask.pad_queries(queries, round_up(num_queries, tiling.query_tile))
     classes = tree_mask.tile_classes(mask, tiling.query_tile, tiling.key_tile, queries)
-    words, count = tree_mask.work_list(classes)
-    key_words = key_count = span = None
+    words, borders = tree_mask.work_list(classes)
+    key_words = key_borders = span = None
     if tiling.ring < key_tiles:
-        key_words, key_count = tree_mask.work_list(classes, key_major=True)
-        key_count, span = key_count[None], tree_mask.span(classes)[None]
+        key_words, key_borders = tree_mask.work_list(classes, key_major=True)
+        span = tree_mask.span(classes)[None]
     touched = None if is_square else jnp.repeat((classes > 0).any(1), tiling.key_tile, axis=1)
     group = jnp.where(mask.group >= 0, mask.group, -2)
-    return Work(queries.first, queries.group[:, None], jnp.stack([mask.end, group], 1), words, count[None],
-                key_words, key_count, span, touched)
+    return Work(queries.first, queries.group[:, None], jnp.stack([mask.end, group], 1), words, borders,
+                key_words, key_borders, span, touched)

@@ -28,11 +28,11 @@ import jax.numpy as jnp
 
 SKIP, FULL, INTERVAL, VISUAL = 0, 1, 2, 3  # classes of a tile: what its mask needs
 
-# One work item is one int32 word: batch (6 bits) | row of tiles (11) | column (11) | flags (2) | class (2).
-_BATCH_SHIFT, _ROW_SHIFT, _COLUMN_SHIFT = 26, 15, 4
+# One work item is one int32 word: batch (6 bits) | row of tiles (11) | class (2) | column (11) | flags (2).
+_BATCH_SHIFT, _ROW_SHIFT, _CLASS_SHIFT, _COLUMN_SHIFT = 26, 15, 13, 2
 _TILE_BITS = 0x7FF
 MAX_ROWS, MAX_TILES = 64, _TILE_BITS + 1
-FIRST_OF_COLUMN, LAST_OF_COLUMN = 4, 8
+FIRST_OF_COLUMN, LAST_OF_COLUMN = 1, 2
 _FAR = 2**30
 
 
@@ -142,10 +142,12 @@ def tile_classes(mask: TreeMask, query_tile: int, key_tile: int, queries: Querie
 
 
 def work_list(classes: jax.Array, key_major: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Returns (words int32[B*Q*K], count): the tiles to compute in order, zeros past `count`.
+    """Returns (words int32[B*Q*K], borders int32[2*B*Q + 1]): the tiles to compute, zeros after the last.
 
-    Rows of the list are query tiles and columns key tiles, or the other way round if `key_major`. The first
-    and the last word of a column, within its batch row, carry a flag.
+    Rows of the list are query tiles and columns key tiles, or the other way round if `key_major`. Within a
+    row come the FULL tiles, then the others: row r begins at borders[2r], its others at borders[2r + 1], and
+    borders[-1] is the length of the list. The first and the last word of a column, within its batch row,
+    carry a flag.
 
     Raises:
       ValueError: more than 64 rows or 2048 tiles per side, which a word cannot hold.
@@ -161,12 +163,14 @@ def work_list(classes: jax.Array, key_major: bool = False) -> tuple[jax.Array, j
     first, last = _touched_rows(active)
     flags = (jnp.where(row == first, FIRST_OF_COLUMN, 0) | jnp.where(row == last, LAST_OF_COLUMN, 0))
     words = (b << _BATCH_SHIFT) | (row << _ROW_SHIFT) | (column << _COLUMN_SHIFT)
-    words = words | (flags | classes).astype(jnp.uint32)
+    words = words | ((classes << _CLASS_SHIFT) | flags).astype(jnp.uint32)
     # Words ascend in the order of the list, so sorting puts the active ones in front.
     words = jnp.sort(jnp.where(active, words, jnp.uint32(0xFFFFFFFF)).reshape(-1))
-    count = active.sum(dtype=jnp.int32)
-    words = jnp.where(jnp.arange(words.shape[0]) < count, words, 0)
-    return jax.lax.bitcast_convert_type(words, jnp.int32), count
+    is_full = classes == FULL
+    counts = jnp.stack([is_full.sum(-1, dtype=jnp.int32), (active & ~is_full).sum(-1, dtype=jnp.int32)], -1)
+    borders = jnp.pad(jnp.cumsum(counts.reshape(-1), dtype=jnp.int32), (1, 0))
+    words = jnp.where(jnp.arange(words.shape[0]) < borders[-1], words, 0)
+    return jax.lax.bitcast_convert_type(words, jnp.int32), borders
 
 
 def _touched_rows(active_BRC):
@@ -192,7 +196,7 @@ def span(classes: jax.Array) -> jax.Array:
 
 def unpack(word: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns (batch, row, column, class) of a word."""
-    return (batch_of(word), row_of(word), column_of(word), word & 3)
+    return batch_of(word), row_of(word), column_of(word), (word >> _CLASS_SHIFT) & 3
 
 
 def batch_of(word: jax.Array) -> jax.Array:
@@ -205,6 +209,10 @@ def row_of(word: jax.Array) -> jax.Array:
 
 def column_of(word: jax.Array) -> jax.Array:
     return (word >> _COLUMN_SHIFT) & _TILE_BITS
+
+
+def is_class(word: jax.Array, kind: int) -> jax.Array:
+    return (word & (3 << _CLASS_SHIFT)) == kind << _CLASS_SHIFT
 
 
 def same_row(word: jax.Array, other: jax.Array) -> jax.Array:

@@ -67,3 +67,9 @@ def test_bfloat16_keeps_its_dtype_and_is_close():
 def test_an_unknown_implementation_is_named():
     with pytest.raises(ValueError, match="implementation must be one of.*'flash'"):
         attend.attend(None, None, None, None, "flash")
+
+
+@pytest.mark.parametrize("implementation, device", [("pallas_tpu", "TPU"), ("pallas_gpu", "GPU")])
+def test_a_kernel_is_refused_where_its_device_is_not(implementation, device):
+    with pytest.raises(ValueError, match=f"'{implementation}' needs a {device}; got 'cpu'"):
+        attend.plan(tree_mask.causal(1, 8), 2, 1, 8, implementation)

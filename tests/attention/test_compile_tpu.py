@@ -138,8 +138,3 @@ def test_the_compiled_decoder_runs_the_kernel_and_holds_nothing_quadratic():
 
 def test_the_work_list_is_made_once_for_all_layers():
     assert lowered_train_step(tiny.mesh()).as_text().count("stablehlo.sort") == 1
-
-
-def test_the_kernel_is_refused_where_there_is_no_tpu():
-    with pytest.raises(ValueError, match="'pallas_tpu' needs a TPU; got 'cpu'"):
-        attend.plan(tree_mask.causal(1, 8), 2, 1, 8, "pallas_tpu")

@@ -27,9 +27,10 @@ def expected():
 
 
 @pytest.mark.parametrize("sizes, way, implementation", [
-    (dict(data=2, tensor=2), "rows and heads", attend.INTERPRETED),
-    (dict(fsdp=2, tensor=2, context=2), "all, keys read", attend.INTERPRETED),
-    (dict(context=4), "length exchanged for heads", attend.INTERPRETED),
+    (dict(data=2, tensor=2), "rows and heads", "pallas_tpu_interpret"),
+    (dict(fsdp=2, tensor=2, context=2), "all, keys read", "pallas_tpu_interpret"),
+    (dict(fsdp=2, tensor=2, context=2), "all, keys read", "pallas_gpu_interpret"),
+    (dict(context=4), "length exchanged for heads", "pallas_tpu_interpret"),
     (dict(context=2), "keys read", "blocked"),
     (dict(tensor=3), "nothing that divides", "blocked"),
 ])
@@ -61,7 +62,7 @@ def test_loss_and_gradients_of_the_whole_model_with_the_kernel_equal_the_dense_p
 
         return jax.jit(jax.value_and_grad(value))(params)
 
-    value, grads = loss(attend.INTERPRETED)
+    value, grads = loss("pallas_tpu_interpret")
     wanted, wanted_grads = loss("dense")
     assert float(value) == pytest.approx(float(wanted), rel=TOLERANCE)
     for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted_grads)):

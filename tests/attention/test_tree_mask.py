@@ -62,26 +62,36 @@ def test_tile_classes_equal_brute_force(tiles, visual_attention):
     assert count[tree_mask.FULL] or tiles != (8, 8)  # small tiles fit between the borders
 
 
+def in_order(classes):
+    """Returns (batch, row, column, class) of the tiles of a list: of a row, the full ones first."""
+    tiles = [(*at, kind) for at, kind in np.ndenumerate(classes) if kind != tree_mask.SKIP]
+    return sorted(tiles, key=lambda tile: (tile[0], tile[1], tile[3], tile[2]))
+
+
 def test_a_work_list_names_each_needed_tile_once_query_by_query():
     batch = packs.random_rows(3, CONFIG, 2, T)
     classes = np.asarray(tree_mask.tile_classes(tree_mask.from_batch(batch, "image_tokens"), 16, 16))
-    words, count = tree_mask.work_list(classes)
-    listed = [tuple(int(x) for x in tree_mask.unpack(word)) for word in words[:int(count)]]
-    assert listed == [(*at, kind) for at, kind in np.ndenumerate(classes) if kind != tree_mask.SKIP]
-    assert not np.any(np.asarray(words)[int(count):])
+    words, borders = (np.asarray(x) for x in tree_mask.work_list(classes))
+    assert [tuple(map(int, tree_mask.unpack(word))) for word in words[:borders[-1]]] == in_order(classes)
+    assert not np.any(words[borders[-1]:])
+    rows_of_tiles = classes.reshape(-1, classes.shape[-1])
+    full, needed = (rows_of_tiles == tree_mask.FULL).sum(1), (rows_of_tiles != tree_mask.SKIP).sum(1)
+    np.testing.assert_array_equal(borders[2::2] - borders[:-1:2], needed)
+    np.testing.assert_array_equal(borders[1::2] - borders[:-1:2], full)
 
 
 def test_a_key_major_list_is_the_transpose_and_flags_mark_the_ends_of_columns():
     classes = np.array([[[1, 0, 2], [0, 0, 3], [2, 0, 0]], [[0, 0, 0], [2, 1, 0], [3, 0, 0]]], np.int32)
     for key_major, wanted in ((False, classes), (True, classes.transpose(0, 2, 1))):
-        words, count = tree_mask.work_list(classes, key_major)
-        words = np.asarray(words)[:int(count)]
-        listed = [tuple(int(x) for x in tree_mask.unpack(word)) for word in words]
-        assert listed == [(*at, kind) for at, kind in np.ndenumerate(wanted) if kind]
-        for word, (b, row, column, _) in zip(words, listed):
+        words, borders = tree_mask.work_list(classes, key_major)
+        words = np.asarray(words)[:int(borders[-1])]
+        listed = [tuple(map(int, tree_mask.unpack(word))) for word in words]
+        assert listed == in_order(wanted)
+        for word, (b, row, column, kind) in zip(words, listed):
             touching = np.flatnonzero(wanted[b, :, column])
             assert bool(word & tree_mask.FIRST_OF_COLUMN) == (row == touching[0])
             assert bool(word & tree_mask.LAST_OF_COLUMN) == (row == touching[-1])
+            assert [other for other in range(4) if tree_mask.is_class(word, other)] == [kind]
         same = [bool(tree_mask.same_row(*pair)) for pair in zip(words, words[1:])]
         assert same == [one[:2] == other[:2] for one, other in zip(listed, listed[1:])]
 
@@ -122,7 +132,7 @@ def test_causal_masks_packed_documents_and_everything_are_special_cases():
 
 
 def test_a_work_list_holds_its_largest_tile():
-    word = (63 << 26) | (2047 << 15) | (2047 << 4) | 3
+    word = (63 << 26) | (2047 << 15) | (3 << 13) | (2047 << 2) | 3
     unpacked = tree_mask.unpack(np.array([word], np.uint32).view(np.int32)[0])
     assert tuple(int(x) for x in unpacked) == (63, 2047, 2047, 3)
 
