@@ -36,6 +36,7 @@ _EXTRAS = {
         "hypothesis>=6.100,<7",
         "iscc-samples==0.6.0",   # one real clip in 21 containers
         "libtpu==0.0.42.1; platform_machine == 'x86_64'",
+        "pyarrow>=18,<27",
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.12,<0.18",
@@ -46,6 +47,7 @@ _EXTRAS = {
         "transformers==5.23.0",
     ],
     "tpu": ["jax[tpu]>=0.10,<0.11"],
+    "parquet": ["pyarrow>=18,<27"],
     "seqio": ["seqio>=0.0.20,<0.1"],
     "demo": ["gradio>=5,<7"],
     "prepare": ["apache-beam>=2.66,<3"],

@@ -149,8 +149,15 @@ def _task(name: str, schema: str, examples: int | None = None, **how) -> tuple[s
     return name, Task(folder=f"data/{name}", schema=schema, how=tuple(how.items()), examples=examples)
 
 
-_VIDEO_SETS = ("tgif tvqa_with_sub paxion moments_in_time_qa kinetics_qa llava_video_academic "
-               "perception_test cinepile qv_highlights activity_net video_localized_narratives").split()
+_VIDEO_SETS = {  # name: schema, its arguments
+    "tgif": ("tgif", {}), "tvqa_with_sub": ("tvqa", {}), "paxion": ("video_choice", {}),
+    "moments_in_time_qa": ("label", {"style": "moments_in_time_label"}), "kinetics_qa": ("label", {}),
+    "llava_video_academic": ("llava_video", {}),
+    "llava_video_academic_mc": ("llava_video", {"style": "video_multiple_choice"}),
+    "perception_test": ("perception_test", {}), "cinepile": ("cinepile", {}),
+    "qv_highlights": ("qv_highlights", {}), "activity_net": ("activity_net", {}),
+    "activity_net_qa": ("video_qa", {}), "video_localized_narratives": ("video_qa", {}),
+}
 _IMAGE_SETS = ("vqa2 text_vqa okvqa doc_qa info_qa st_qa tally_qa plot_qa figure_qa dv_qa tabwmp_da").split()
 _COSYN = "chart chemical circuit diagram doc graphic music table".split()
 _MANTIS = "nlvr2 llava_665k_multi spot_the_diff".split()
@@ -180,20 +187,21 @@ TASKS: dict[str, Task] = {"shapes": Task(folder="runs/quickstart/data/clips")} |
     _task("molmo2_subtitle_qa", "video_choice", 100_000),
     _task("chart_qa", "chart_qa"),
     _task("a_okvqa", "a_okvqa"),
+    _task("ai2d", "ai2d"),
+    _task("science_qa", "science_qa"),
     _task("molmo2_video_point_0_5", "video_point", fewest=0, most=5),
     _task("molmo2_video_point_6_25", "video_point", fewest=6, most=25),
     _task("molmo2_video_point_26_60", "video_point", fewest=26, most=60),
-    _task("academic_video_point", "video_point", 44_000),
+    _task("academic_video_point", "academic_video_point", 44_000),
     _task("pixmo_multi_points", "multi_image_point", 470_000),
-    _task("pixmo_points", "pixmo_points", 530_000),
-    _task("pixmo_points_high_frequency", "pixmo_points"),
+    _task("pixmo_points", "pixmo_points", 530_000, method="pointing"),
+    _task("pixmo_points_high_frequency", "pixmo_points", method="counting"),
     _task("pixmo_count", "pixmo_count", 74_000),
     _task("cosyn_point", "cosyn_point", 68_000),
     _task("tulu", "tulu", 980_000),
     _task("tulu_short", "tulu", most_first_tokens=2304),
-    _task("hardcodes", "hardcodes"),
-    *(_task(name, "label" if name in ("moments_in_time_qa", "kinetics_qa") else "video_choice",
-            _SIZES.get(name)) for name in _VIDEO_SETS),
+    _task("hardcodes", "hardcodes", media_folder="media"),
+    *(_task(name, schema, _SIZES.get(name), **how) for name, (schema, how) in _VIDEO_SETS.items()),
     *(_task(name, "vqa", _SIZES.get(name), style=name) for name in _IMAGE_SETS),
     *(_task(f"cosyn_{kind}", "cosyn", kind=kind) for kind in _COSYN),
     *(_task(name, "mantis", _SIZES.get(name)) for name in _MANTIS),
@@ -229,8 +237,8 @@ MIXTURES: dict[str, Mixture] = {
             Member(task="pixmo_cap", root_size_factor=100_000),
             Member(task="molmo2_cap", sampling_rate=1.5, weight=_CAPTIONS))),
         Group(rate=0.2, members=_members(("molmo2_cap_qa", "molmo2_subtitle_qa", *_VIDEO_SETS))),
-        Group(rate=0.25, members=_members(("chart_qa", "a_okvqa", *_IMAGE_SETS, *_MANTIS,
-                                           *(f"cosyn_{kind}" for kind in _COSYN)))),
+        Group(rate=0.25, members=_members(("chart_qa", "a_okvqa", "ai2d", "science_qa", *_IMAGE_SETS,
+                                           *_MANTIS, *(f"cosyn_{kind}" for kind in _COSYN)))),
         Group(rate=0.15, members=tuple(
             Member(task=f"{name}_{group}", sampling_rate=share / 1.11, weight=_POINTING,
                    root_size_factor=30_000 if name == "vicas" else None)

@@ -50,7 +50,7 @@ ALLOWED = {
     "molmo2_jax.evaluate": ANSWERS,
     "molmo2_jax.aot": TRAINING,
     "data_pipelines": DATA,
-    "data_pipelines.sources": DATA | {"pyarrow"},
+    "data_pipelines.published": DATA | {"pyarrow"},
     "data_pipelines.prepare": DATA | {"apache_beam"},
     "data_pipelines.seqio_bridge": DATA | {"seqio", "tensorflow"},
     "launch": ANSWERS | DATA | {"launch"},

@@ -1,75 +1,162 @@
 """The recipe's data sets as they are published: rows of each -> records of docs/data_format.md.
 
-One small function per kind of data set: it takes the rows, as dictionaries, and yields records. Media are
-named `media/ID.mp4` and `media/ID.jpg`, ID being what the rows call the video or image. `convert` writes the
-annotations.jsonl of a data folder, from which training reads; what the recipe draws anew at every use (the
-mode of a question, the place of an answer) is drawn then, not here.
+One small function per kind of data set: it takes rows, as dictionaries, and yields records. How media must
+be named says schemas/media.py. `convert` writes the annotations.jsonl of a data folder, from which training
+reads; what the recipe draws anew at every use (the mode of a question, the place of an answer) is drawn then.
 
 Source: paper, appendix on data; reference: olmo/data/{molmo2,pixmo,academic_image}_datasets.py.
 """
 
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from data_pipelines import sources
+from data_pipelines.schemas import academic
 from data_pipelines.schemas import answering
+from data_pipelines.schemas import media
 from data_pipelines.schemas import pointing
 from data_pipelines.schemas import tracking
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 Record = dict[str, Any]
+# What functions here raise for a row without a column, or with something else in it than they read.
+_BAD_ROW = (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RuntimeError)
 
-SCHEMAS: dict[str, Callable[..., Iterator[Record]]] = {
-    "a_okvqa": answering.a_okvqa,
-    "ask_model_anything": answering.ask_model_anything,
-    "cap_qa": answering.cap_qa,
-    "chart_qa": answering.chart_qa,
-    "cosyn": answering.cosyn,
-    "cosyn_point": pointing.cosyn_point,
-    "hardcodes": answering.hardcodes,
-    "human_qa": answering.human_qa,
-    "label": answering.label,
-    "mantis": answering.mantis,
-    "molmo2_cap": answering.molmo2_cap,
-    "multi_image_point": pointing.multi_image_point,
-    "multi_image_qa": answering.multi_image_qa,
-    "pixmo_cap": answering.pixmo_cap,
-    "pixmo_count": pointing.pixmo_count,
-    "pixmo_points": pointing.pixmo_points,
-    "tracks": tracking.tracks,
-    "tulu": answering.tulu,
-    "video_choice": answering.video_choice,
-    "video_point": pointing.video_point,
-    "vqa": answering.vqa,
+
+class Schema(NamedTuple):
+    """records: makes records of rows. of: what rows that belong into one record have in common; None where
+    every row stands alone."""
+    records: Callable[..., Iterator[Record]]
+    of: Callable[[Row], str] | None = None
+
+
+SCHEMAS: dict[str, Schema] = {
+    "a_okvqa": Schema(answering.a_okvqa),
+    "academic_video_point": Schema(pointing.academic_video_point),
+    "activity_net": Schema(academic.activity_net),
+    "ai2d": Schema(academic.ai2d),
+    "ask_model_anything": Schema(answering.ask_model_anything, media.image),
+    "cap_qa": Schema(answering.cap_qa),
+    "chart_qa": Schema(answering.chart_qa),
+    "cinepile": Schema(academic.cinepile),
+    "cosyn": Schema(answering.cosyn),
+    "cosyn_point": Schema(pointing.cosyn_point),
+    "hardcodes": Schema(answering.hardcodes),
+    "human_qa": Schema(answering.human_qa, media.video),
+    "label": Schema(academic.label),
+    "llava_video": Schema(academic.llava_video, media.video),
+    "mantis": Schema(answering.mantis),
+    "molmo2_cap": Schema(answering.molmo2_cap),
+    "multi_image_point": Schema(pointing.multi_image_point),
+    "multi_image_qa": Schema(answering.multi_image_qa),
+    "perception_test": Schema(academic.perception_test),
+    "pixmo_cap": Schema(answering.pixmo_cap),
+    "pixmo_count": Schema(pointing.pixmo_count),
+    "pixmo_points": Schema(pointing.pixmo_points, media.image),
+    "qv_highlights": Schema(academic.qv_highlights),
+    "science_qa": Schema(academic.science_qa),
+    "tgif": Schema(academic.tgif, lambda row: row["gif_name"]),
+    "tracks": Schema(tracking.tracks),
+    "tulu": Schema(answering.tulu),
+    "tvqa": Schema(academic.tvqa),
+    "video_choice": Schema(answering.video_choice, media.video),
+    "video_point": Schema(pointing.video_point, media.video),
+    "video_qa": Schema(academic.video_qa, media.video),
+    "vqa": Schema(answering.vqa),
 }
 
 
-def convert(schema: str, rows: Iterable[Row], folder: str | os.PathLike, **how
+def convert(schema: str, rows: Iterable[Row | ValueError], folder: str | os.PathLike, **how
             ) -> tuple[int, list[ValueError]]:
     """Writes folder/annotations.jsonl; returns the number of records in it and why others were left out.
 
-    Media must be in the folder already: a record whose media are missing is left out. `how` are further
-    arguments of the schema (tasks.Task.how).
+    Media must be in the folder already: a record whose media are missing is left out. So is a row that does
+    not fit the schema, and an annotation that does not fit the format; others of the same media stay. A row
+    that is an error (published.rows) counts as itself. `how` are further arguments of the schema
+    (tasks.Task.how).
 
     Raises:
-      ValueError: there is no such schema, or the rows lack a column it reads.
+      ValueError: there is no such schema, or not one row fits it.
     """
     if schema not in SCHEMAS:
         raise ValueError(f"a schema must be one of {', '.join(SCHEMAS)}; got {schema!r}")
     folder, number, errors = pathlib.Path(folder), 0, []
+    if "media_folder" in how:  # is meant within the folder
+        how = how | {"media_folder": folder / how["media_folder"]}
+    make = functools.partial(SCHEMAS[schema].records, **how)
+    unfit = []
     with open(folder / "annotations.jsonl", "w", encoding="utf-8") as file:
+        for group in _groups(schema, rows, errors, unfit):
+            for record in _records(make, group, schema, unfit):
+                for kept in _checked(record, folder, errors):
+                    file.write(json.dumps(kept, ensure_ascii=False) + "\n")
+                    number += 1
+    if unfit and not number and not errors:
+        raise unfit[0]
+    return number, unfit + errors
+
+
+def _groups(schema: str, rows: Iterable[Row | ValueError], errors: list, unfit: list) -> Iterator[list[Row]]:
+    """Yields rows that belong together; those of grouped schemas after all rows were read."""
+    groups: dict[str, list[Row]] = {}
+    of = SCHEMAS[schema].of
+    for row in rows:
+        if isinstance(row, ValueError):
+            errors.append(row)
+        elif of is None:
+            yield [row]
+        else:
+            try:
+                groups.setdefault(of(row), []).append(row)
+            except _BAD_ROW as error:
+                unfit.append(_misfit(schema, row, error))
+    yield from groups.values()
+
+
+def _records(make: Callable, group: Sequence[Row], schema: str, unfit: list) -> list[Record]:
+    """Returns the records of the rows that fit."""
+    try:
+        return list(make(group))
+    except _BAD_ROW as error:
+        if len(group) == 1:
+            unfit.append(_misfit(schema, group[0], error))
+            return []
+    before = len(unfit)
+    good = []
+    for row in group:
+        _records(make, [row], schema, unfit)
+        if len(unfit) == before:
+            good.append(row)
+        before = len(unfit)
+    return list(make(good)) if good else []
+
+
+def _misfit(schema: str, row: Mapping, error: Exception) -> ValueError:
+    if isinstance(error, KeyError):
+        return ValueError(f"rows of {schema} must have the column {error}; got {sorted(row)}")
+    return ValueError(f"a row of {schema} does not fit it ({type(error).__name__}: {error}); got "
+                      f"{str(row)[:200]}")
+
+
+def _checked(record: Record, folder: pathlib.Path, errors: list) -> Iterator[Record]:
+    """Yields the record as far as training can read it, if anything is left."""
+    try:
+        sources.parse_record(record, folder)
+        yield record
+        return
+    except ValueError as error:
+        errors.append(error)
+    good = []
+    for annotation in record["annotations"] if len(record["annotations"]) > 1 else ():
+        one = record | {"annotations": [annotation]}
         try:
-            for record in SCHEMAS[schema](rows, **how):
-                try:
-                    sources.parse_record(record, folder)
-                except ValueError as error:
-                    errors.append(error)
-                    continue
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                number += 1
-        except KeyError as error:
-            raise ValueError(f"rows of {schema} must have the column {error}; they do not") from error
-    return number, errors
+            sources.parse_record(one, folder)
+            good.append(annotation)
+        except ValueError as error:
+            errors.append(error)
+    if good:
+        yield record | {"annotations": good}

@@ -1,44 +1,54 @@
 """Captions, questions and answers, multiple choice, conversations, text."""
 
 import collections
+import pathlib
 import re
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 
-from data_pipelines.schemas import grouping
+import numpy as np
 
-CORRUPT_SCORE = 3           # lowest annotation_score of Molmo2-Cap that is used
-MOST_IMAGES = 5
+from data_pipelines.schemas import media
+
+LOWEST_SCORE = 3            # annotation_score of Molmo2-Cap that is still used
 MOST_FIRST_TOKENS = 4096    # of the first message of a conversation without media
 EXPLAIN = " Provide reasoning steps and then give the short answer."
 HUMAN, GENERATED = 2 * 20901 / 28299, 2 * 7398 / 28299  # loss weights of ChartQA's two halves
+STILL, FILM = (".jpg", ".jpeg", ".png", ".webp"), (".mp4", ".webm", ".mkv")
 
 # What asks for a number of things, and not for an amount of time, length, money, ...
 _COUNTING = re.compile(
     r"\b(how many|what (is the )?number of)\b(?!.*\b(seconds?|minutes?|hours?|days?|weeks?|months?|years?|"
     r"percent|dollars?|euros?|cents?|met(er|re)s?|miles?|feet|inches|grams?|kilograms?|pounds?|degrees?|"
     r"lit(er|re)s?|calories)\b)", re.IGNORECASE)
-NO_POINTING = "Answer without pointing. "
+NO_POINTING = (
+    "Answer without pointing. ", "No points, please. ", "Do not point. ", "Say it, do not point. ",
+    "Without pointing: ", "Reply in words, not points. ", "Give a plain answer. ", "Leave out any points. ",
+    "Please do not mark anything. ", "Words only. ", "I need no coordinates. ", "Just tell me. ",
+    "Skip the pointing. ", "Answer in text. ", "Pointing is not needed. ", "Say it without locations. ")
 _NO_CATEGORY = re.compile(r"cod(e|ing)|puzzle|verifiable|non-english|hardcoded", re.IGNORECASE)
 
 
-def _image(name) -> dict:
-    return {"images": [f"media/{name}.jpg"]}
-
-
-def _video(name) -> dict:
-    return {"video": f"media/{name}.mp4"}
-
-
-def _qa(question: str, answer: str, style: str) -> dict:
+def qa(question: str | list[str], answer: str, style: str) -> dict:
+    """Returns an annotation of type qa."""
     return {"type": "qa", "question": question, "answer": answer, "style": style}
+
+
+def pairs(column) -> list[dict]:
+    """Returns a list of dictionaries, also where a column of structures is stored as a structure of lists."""
+    if isinstance(column, dict):
+        return [dict(zip(column, values, strict=True)) for values in zip(*column.values(), strict=True)]
+    return column
 
 
 def _plainly(question: str) -> str:
     """Returns the question; one for a number asks not to point, so that it does not contradict other data."""
-    return NO_POINTING + question if _COUNTING.search(question) else question
+    if not _COUNTING.search(question):
+        return question
+    return NO_POINTING[zlib.crc32(question.encode()) % len(NO_POINTING)] + question
 
 
-def molmo2_cap(rows: Iterable[dict]) -> Iterator[dict]:
+def molmo2_cap(rows: Sequence[dict]) -> Iterator[dict]:
     """video_id, annotation_score, merged_caption, video_caption, video_frame_merged_caption."""
     styles = (("merged_caption", {"style": "video_merged_caption"}),
               ("video_caption", {"style": "video_short_caption", "length": "short"}),
@@ -46,128 +56,112 @@ def molmo2_cap(rows: Iterable[dict]) -> Iterator[dict]:
     for row in rows:
         captions = [{"type": "caption", "text": row[column].strip(), **how} for column, how in styles
                     if (row[column] or "").strip()]
-        if row["annotation_score"] >= CORRUPT_SCORE and captions:
-            yield _video(row["video_id"]) | {"annotations": captions}
+        if row["annotation_score"] >= LOWEST_SCORE and captions:
+            yield {"video": media.video(row), "annotations": captions}
 
 
-def pixmo_cap(rows: Iterable[dict], transcripts: bool = False) -> Iterator[dict]:
-    """image_sha256, caption, transcripts (list): captions, in pre-training with the first transcript."""
+def pixmo_cap(rows: Sequence[dict], transcripts: bool = False) -> Iterator[dict]:
+    """image_url, caption, transcripts (list): captions, in pre-training with one transcript at each use."""
     for row in rows:
         annotations = [{"type": "caption", "text": row["caption"]}]
-        if transcripts and row["transcripts"]:
-            annotations.append({"type": "caption", "text": row["transcripts"][0], "style": "transcript"})
-        yield _image(row["image_sha256"]) | {"annotations": annotations}
+        spoken = [text for text in row["transcripts"] or () if text.strip()] if transcripts else []
+        if spoken:
+            annotations.append({"type": "caption", "text": spoken, "style": "transcript"})
+        yield {"images": [media.image(row)], "annotations": annotations}
 
 
-def video_choice(rows: Iterable[dict]) -> Iterator[dict]:
+def video_choice(rows: Sequence[dict]) -> Iterator[dict]:
     """video_id, Question, Answer, NegativeAnswers; perhaps subtitle [{start, end, text}] of a video."""
-    for video, group in grouping.by(rows, "video_id"):
-        subtitles = group[0].get("subtitle") or []
-        choices = [{"type": "choice", "question": row["Question"], "answer": 0, "shuffle": True,
-                    "options": [row["Answer"], *row["NegativeAnswers"]]} for row in group]
-        yield _video(video) | ({"subtitles": subtitles} if subtitles else {}) | {"annotations": choices}
+    subtitles = rows[0].get("subtitle") or []
+    yield {"video": media.video(rows[0])} | ({"subtitles": subtitles} if subtitles else {}) | {
+        "annotations": [{"type": "choice", "question": row["Question"], "answer": 0, "shuffle": True,
+                         "options": [row["Answer"], *row["NegativeAnswers"]]} for row in rows]}
 
 
-def human_qa(rows: Iterable[dict]) -> Iterator[dict]:
+def human_qa(rows: Sequence[dict]) -> Iterator[dict]:
     """video_id, question, answer."""
-    for video, group in grouping.by(rows, "video_id"):
-        answered = [_qa(row["question"].strip(), row["answer"].strip(), "user_qa") for row in group
-                    if row["answer"].strip()]
-        if answered:
-            yield _video(video) | {"annotations": answered}
+    answered = [qa(row["question"].strip(), row["answer"].strip(), "user_qa") for row in rows
+                if row["answer"].strip()]
+    if answered:
+        yield {"video": media.video(rows[0]), "annotations": answered}
 
 
-def ask_model_anything(rows: Iterable[dict]) -> Iterator[dict]:
+def ask_model_anything(rows: Sequence[dict]) -> Iterator[dict]:
     """image_sha256, question, answer."""
-    for image, group in grouping.by(rows, "image_sha256"):
-        yield _image(image) | {"annotations": [
-            _qa(_plainly(row["question"]), row["answer"], "user_qa") for row in group]}
+    yield {"images": [media.image(rows[0])], "annotations": [
+        qa(_plainly(row["question"]), row["answer"], "user_qa") for row in rows]}
 
 
-def cap_qa(rows: Iterable[dict]) -> Iterator[dict]:
-    """image_sha256, question (turns behind [USER] and [ASSISTANT]), answer (the last turn)."""
+def cap_qa(rows: Sequence[dict]) -> Iterator[dict]:
+    """image_url, question (turns behind [USER] and [ASSISTANT]), answer (the last turn)."""
     for row in rows:
         parts = re.split(r"\[USER\]|\[ASSISTANT\]", row["question"])
         turns = [part.strip() for part in parts if part.strip()]
         turns = [_plainly(turn) if place % 2 == 0 else turn for place, turn in enumerate(turns)]
         if len(turns) % 2:
-            yield _image(row["image_sha256"]) | {
-                "annotations": [{"type": "chat", "turns": [*turns, row["answer"]]}]}
+            yield {"images": [media.image(row)],
+                   "annotations": [{"type": "chat", "turns": [*turns, row["answer"]]}]}
 
 
-def multi_image_qa(rows: Iterable[dict]) -> Iterator[dict]:
-    """id, images (names), qa_pairs [{question, answer}]."""
+def multi_image_qa(rows: Sequence[dict]) -> Iterator[dict]:
+    """image_urls or images, qa_pairs [{question, answer}]."""
     for row in rows:
-        if 2 <= len(row["images"]) <= MOST_IMAGES:
-            yield {"images": row["images"], "annotations": [
-                _qa(_plainly(pair["question"]), pair["answer"], "correction_qa")
-                for pair in _pairs(row["qa_pairs"])]}
-
-
-def _pairs(pairs) -> list[dict]:
-    """Returns a list of dictionaries, also where a column of structures is stored as a structure of lists."""
-    if isinstance(pairs, dict):
-        return [dict(zip(pairs, values, strict=True)) for values in zip(*pairs.values(), strict=True)]
-    return pairs
-
-
-def cosyn(rows: Iterable[dict], kind: str = "chart") -> Iterator[dict]:
-    """id, images (names; one id.jpg without), qa_pairs [{question, explanation, answer}] of one kind."""
-    for row in rows:
-        images = row.get("images") or [f"media/{row['id']}.jpg"]
-        if len(images) <= MOST_IMAGES:
+        images = media.images(row)
+        if 2 <= len(images) <= media.MOST_IMAGES:
             yield {"images": images, "annotations": [
-                _qa(pair["question"] + EXPLAIN, f"{pair['explanation']} Answer: {pair['answer']}",
-                    f"cosyn_{kind}_exp") for pair in _pairs(row["qa_pairs"])]}
+                qa(_plainly(pair["question"]), pair["answer"], "correction_qa")
+                for pair in pairs(row["qa_pairs"])]}
 
 
-def vqa(rows: Iterable[dict], style: str = "vqa2") -> Iterator[dict]:
-    """image_id, message_list [{question, answers}]: the most frequent answer, of equals the first."""
+def cosyn(rows: Sequence[dict], kind: str = "chart") -> Iterator[dict]:
+    """id, image or images, qa_pairs [{question, explanation, answer}] of one kind."""
+    for row in rows:
+        images = media.images(row) if row.get("images") else [media.image(row)]
+        if len(images) <= media.MOST_IMAGES:
+            yield {"images": images, "annotations": [
+                qa(pair["question"] + EXPLAIN, f"{pair['explanation']} Answer: {pair['answer']}",
+                   f"cosyn_{kind}_exp") for pair in pairs(row["qa_pairs"])]}
+
+
+def vqa(rows: Sequence[dict], style: str = "vqa2") -> Iterator[dict]:
+    """image, message_list [{question, answers}]: the most frequent answer, of equals the first."""
     for row in rows:
         questions = []
-        for message in row["message_list"]:
+        for message in pairs(row["message_list"]):
             answers = message.get("answers") or [message["answer"]]
             answer = collections.Counter(answers).most_common(1)[0][0]
-            questions.append(_qa(message["question"], answer, message.get("style", style)))
-        yield _image(row["image_id"]) | {"annotations": questions}
+            questions.append(qa(message["question"], answer, message.get("style") or style))
+        yield {"images": [media.image(row)], "annotations": questions}
 
 
-def chart_qa(rows: Iterable[dict]) -> Iterator[dict]:
-    """image_id, query, label (one text or a list of one), human_or_machine (0: human)."""
+def chart_qa(rows: Sequence[dict]) -> Iterator[dict]:
+    """image, query, label (one text or a list of one), human_or_machine (0: human)."""
     for row in rows:
         label = row["label"][0] if isinstance(row["label"], list) else row["label"]
         weight = GENERATED if row["human_or_machine"] else HUMAN
-        yield _image(row["image_id"]) | {"weight": weight, "annotations": [
-            _qa(row["query"], label, "chart_qa")]}
+        yield {"images": [media.image(row)], "weight": weight, "annotations": [
+            qa(row["query"], label, "chart_qa")]}
 
 
-def a_okvqa(rows: Iterable[dict]) -> Iterator[dict]:
-    """image_id, question, choices, correct_choice_idx, direct_answers: as choice and as short answer."""
+def a_okvqa(rows: Sequence[dict]) -> Iterator[dict]:
+    """image, question, choices, correct_choice_idx, direct_answers: as choice and as short answer."""
     for row in rows:
         direct = collections.Counter(row["direct_answers"]).most_common(1)[0][0]
-        yield _image(row["image_id"]) | {"annotations": [
+        yield {"images": [media.image(row)], "annotations": [
             {"type": "choice", "question": row["question"], "options": row["choices"],
-             "answer": row["correct_choice_idx"]}, _qa(row["question"], direct, "a_okvqa_da")]}
+             "answer": row["correct_choice_idx"]}, qa(row["question"], direct, "a_okvqa_da")]}
 
 
-def mantis(rows: Iterable[dict]) -> Iterator[dict]:
-    """images (names), mc_question, choices, correct_choice_idx: questions about several images."""
+def mantis(rows: Sequence[dict]) -> Iterator[dict]:
+    """images, mc_question, choices, correct_choice_idx: questions about several images."""
     for row in rows:
-        if 2 <= len(row["images"]) <= MOST_IMAGES:
+        if 2 <= len(row["images"]) <= media.MOST_IMAGES:
             yield {"images": row["images"], "annotations": [
                 {"type": "choice", "question": row["mc_question"], "options": row["choices"],
                  "answer": row["correct_choice_idx"], "shuffle": True}]}
 
 
-def label(rows: Iterable[dict], question: str = "What is happening?", style: str = "kinetics_label"
-          ) -> Iterator[dict]:
-    """video_id, label; perhaps start and end in seconds: names of actions."""
-    for row in rows:
-        clip = {"clip": [row["start"], row["end"]]} if row.get("end") is not None else {}
-        yield _video(row["video_id"]) | clip | {"annotations": [_qa(question, row["label"], style)]}
-
-
-def tulu(rows: Iterable[dict], most_first_tokens: int = MOST_FIRST_TOKENS) -> Iterator[dict]:
+def tulu(rows: Sequence[dict], most_first_tokens: int = MOST_FIRST_TOKENS) -> Iterator[dict]:
     """messages [{role, content}], category, source, first_message_qwen3_tokens and two flags.
 
     A system message goes before the first question. Code, puzzles, other languages and identities are out.
@@ -185,9 +179,27 @@ def tulu(rows: Iterable[dict], most_first_tokens: int = MOST_FIRST_TOKENS) -> It
             yield {"annotations": [{"type": "chat", "turns": turns}]}
 
 
-def hardcodes(rows: Iterable[dict]) -> Iterator[dict]:
-    """questions (list), response, perhaps images (names): one record per question."""
+def hardcodes(rows: Sequence[dict], media_folder: str = "") -> Iterator[dict]:
+    """questions (list), response, perhaps images: one record per question.
+
+    A question without images goes beside files of media_folder, so that the answer does not hang on having
+    none: nothing 35 %, an image 25 %, a video 25 %, two to five images 15 %.
+    """
+    names = sorted(path.name for path in pathlib.Path(media_folder).glob("*")) if media_folder else []
+    stills, films = ([name for name in names if name.endswith(endings)] for endings in (STILL, FILM))
     for row in rows:
         for question in row["questions"]:
-            yield ({"images": row["images"]} if row.get("images") else {}) | {
-                "annotations": [_qa(question, row["response"], "user_qa")]}
+            shown = {"images": row["images"]} if row.get("images") else _beside(question, stills, films)
+            yield shown | {"annotations": [qa(question, row["response"], "user_qa")]}
+
+
+def _beside(question: str, stills: Sequence[str], films: Sequence[str]) -> dict:
+    """Returns the media that a question about none of them stands beside; the question alone decides."""
+    rng = np.random.RandomState(zlib.crc32(question.encode()))
+    draw, number = rng.uniform(), rng.randint(2, media.MOST_IMAGES + 1)
+    if draw < 0.35:
+        return {}
+    if 0.60 <= draw < 0.85:
+        return {"video": f"media/{films[rng.randint(len(films))]}"} if films else {}
+    chosen = rng.permutation(len(stills))[:1 if draw < 0.60 else number]
+    return {"images": [f"media/{stills[place]}" for place in chosen]} if len(chosen) else {}

@@ -1,23 +1,30 @@
 """Points in images, in several images, and in videos."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from data_pipelines.schemas import grouping
+from data_pipelines.schemas import answering
+from data_pipelines.schemas import media
 
 MOST_POINTS = 60        # of an annotation, and of a record of PixMo points
 LONGEST_CLIP = 63.0     # seconds; 127 frames at 2 per second
 GRID = 0.5              # seconds; videos are annotated at 2 frames per second
+ROUNDING = 1e-6         # of a step of the grid
+DIALOGUE = 0.2          # share of uses at which the questions about a video are one conversation
 
 
-def pixmo_points(rows: Iterable[dict]) -> Iterator[dict]:
-    """image_sha256, label, points [{x, y} in percent]; used twice, asked with a count and without."""
-    for image, group in grouping.by(rows, "image_sha256"):
-        wanted = [row for row in group if len(row["points"]) <= MOST_POINTS]
-        for part in _parts(wanted):
-            for mode in ("point_count", "bare"):
-                yield {"images": [f"media/{image}.jpg"], "scale": 100,
-                       "annotations": [_points(row["label"], row["points"], mode) for row in part]}
+def pixmo_points(rows: Sequence[dict], method: str = "") -> Iterator[dict]:
+    """image_sha256, label, points [{x, y} in percent]; used twice, asked with a count and without.
+
+    method: of collection_method, "pointing" or "counting" (images with many points); "" for both.
+    """
+    rows = [row | {"points": answering.pairs(row["points"])} for row in rows]
+    wanted = [row for row in rows if len(row["points"]) <= MOST_POINTS
+              and (not method or row.get("collection_method", method) == method)]
+    for part in _parts(wanted):
+        for mode in ("point_count", "bare"):
+            yield {"images": [media.image(part[0])], "scale": 100,
+                   "annotations": [_points(row["label"], row["points"], mode) for row in part]}
 
 
 def _parts(rows: list[dict]) -> Iterator[list[dict]]:
@@ -42,27 +49,26 @@ def _percent(value: float) -> float:
     return min(max(value, 0.0), 100.0)
 
 
-def pixmo_count(rows: Iterable[dict]) -> Iterator[dict]:
+def pixmo_count(rows: Sequence[dict]) -> Iterator[dict]:
     """image_sha256, label, points {x: [...], y: [...]} in pixels; used twice as pixmo_points."""
     for row in rows:
         places = [{"x": x, "y": y} for x, y in zip(row["points"]["x"], row["points"]["y"], strict=True)]
         for mode in ("point_count", "bare"):
-            yield {"images": [f"media/{row['image_sha256']}.jpg"], "annotations": [
+            yield {"images": [media.image(row)], "annotations": [
                 {"type": "points", "label": row["label"], "mode": mode, "points": places}]}
 
 
-def cosyn_point(rows: Iterable[dict]) -> Iterator[dict]:
+def cosyn_point(rows: Sequence[dict]) -> Iterator[dict]:
     """id, questions, answer_points [{x, y} in percent, or lists of them], names: question as prompt."""
     for row in rows:
         annotations = []
         for question, points, name in zip(row["questions"], row["answer_points"], row["names"], strict=True):
-            if isinstance(points, dict):
-                points = [{"x": x, "y": y} for x, y in zip(points["x"], points["y"], strict=True)]
-            annotations.append(_points(name, points, "bare", prompt=question))
-        yield {"images": [f"media/{row['id']}.jpg"], "scale": 100, "annotations": annotations}
+            annotations.append(_points(name, answering.pairs(points), "bare", prompt=question,
+                                       style="cosyn_point"))
+        yield {"images": [media.image(row)], "scale": 100, "annotations": annotations}
 
 
-def multi_image_point(rows: Iterable[dict]) -> Iterator[dict]:
+def multi_image_point(rows: Sequence[dict]) -> Iterator[dict]:
     """id, images, labels, normalized_labels, points per image [{x, y} in percent].
 
     One record per normalised label, where the reference draws one of them at each use.
@@ -73,33 +79,32 @@ def multi_image_point(rows: Iterable[dict]) -> Iterator[dict]:
             points = [{"image": number, "x": _percent(point["x"]), "y": _percent(point["y"])}
                       for number, (label, places) in enumerate(
                           zip(row["normalized_labels"], row["points"], strict=True), start=1)
-                      if label == normal for point in places]
+                      if label == normal for point in answering.pairs(places)]
             yield {"images": row["images"], "scale": 100, "annotations": [
                 {"type": "points", "label": names[normal], "mode": ["bare", "point_count"],
                  "points": points}]}
 
 
-def video_point(rows: Iterable[dict], *, fewest: int = 0, most: int = MOST_POINTS) -> Iterator[dict]:
-    """video_id, video_duration, clip_start, clip_end, label, count, two_fps_timestamps, points per time.
+def video_point(rows: Sequence[dict], *, fewest: int = 0, most: int = MOST_POINTS) -> Iterator[dict]:
+    """video_id, video_duration, clip_start, clip_end, label, count, question, two_fps_timestamps, points per
+    time.
 
-    Videos of up to 63 s with several rows are one tree; others are cut to the row's clip. Rows whose times
-    lie outside their clip are left out.
+    Videos of up to 63 s with several rows are one tree, at some uses one conversation; others are cut to the
+    row's clip. Rows whose times lie outside their clip are left out.
     """
-    wanted = [row for row in rows if fewest <= row["count"] <= most]
-    for video, group in grouping.by(wanted, "video_id"):
-        clips: dict[tuple[float, float] | None, list[dict]] = {}
-        for row in group:
-            clip = _clip(row)
-            if clip is not None:
-                clips.setdefault(clip, []).append(_video_points(row))
-        for (start, end), annotations in clips.items():
-            whole = start == 0 and end == group[0]["video_duration"]
-            record = {"video": f"media/{video}_2fps.mp4", "scale": 100} | (
-                {} if whole else {"clip": [start, end]})
-            if whole:
-                yield record | {"annotations": annotations}
-            else:
-                yield from (record | {"annotations": [one]} for one in annotations)
+    clips: dict[tuple[float, float], list[dict]] = {}
+    for row in rows:
+        clip = _clip(row) if fewest <= row["count"] <= most else None
+        if clip is not None:
+            clips.setdefault(clip, []).append(_video_points(row, row["two_fps_timestamps"], clip[0]))
+    for (start, end), annotations in clips.items():
+        record = {"video": f"media/{rows[0]['video_id']}_2fps.mp4", "scale": 100}
+        if start > 0 or end < rows[0]["video_duration"]:
+            yield from (record | {"clip": [start, end], "annotations": [one]} for one in annotations)
+        elif len(annotations) > 1:
+            yield record | {"dialogue": DIALOGUE, "annotations": annotations}
+        else:
+            yield record | {"annotations": annotations}
 
 
 def _clip(row: dict) -> tuple[float, float] | None:
@@ -113,9 +118,28 @@ def _clip(row: dict) -> tuple[float, float] | None:
     return (start, end) if is_good else None
 
 
-def _video_points(row: dict) -> dict:
-    """Returns the annotation, times on the grid of the video; each use draws whether a count is asked for."""
-    points = [{"time": math.floor(time / GRID) * GRID, "x": _percent(point["x"]), "y": _percent(point["y"])}
-              for time, places in zip(row["two_fps_timestamps"], row["points"], strict=True)
-              for point in sorted(places, key=lambda point: (point["x"], point["y"]))]
-    return {"type": "points", "label": row["label"], "mode": ["point_count", "bare"], "points": points}
+def _video_points(row: dict, times: Sequence[float], start: float) -> dict:
+    """Returns the annotation, times on the grid of the clip; each use draws whether a count is asked for."""
+    points = [{"time": _on_grid(time, start), "x": _percent(point["x"]), "y": _percent(point["y"])}
+              for time, places in zip(times, row["points"], strict=True)
+              for point in sorted(answering.pairs(places), key=lambda point: (point["x"], point["y"]))]
+    asked = {"prompt": {"point_count": row["question"]}} if row.get("question") else {}
+    modes = ["point_count", "bare"]
+    return {"type": "points", "label": row["label"], "mode": modes, "points": points} | asked
+
+
+def _on_grid(time: float, start: float) -> float:
+    return start + math.floor((time - start) / GRID + ROUNDING) * GRID
+
+
+def academic_video_point(rows: Sequence[dict]) -> Iterator[dict]:
+    """subset, video_name, category, count, timestamps, points per time, video_duration, clip_start_time,
+    clip_end_time; the video is media/SUBSET/NAME.mp4."""
+    for row in rows:
+        start, end = row["clip_start_time"], row["clip_end_time"]
+        is_whole = start is None or end is None or start <= 0 and end >= row["video_duration"]
+        if row["count"] <= MOST_POINTS:
+            points = _video_points(row | {"label": row["category"].lower()}, row["timestamps"],
+                                   0.0 if is_whole else start)
+            yield {"video": f"media/{row['subset']}/{row['video_name']}.mp4", "scale": 100} | (
+                {} if is_whole else {"clip": [start, end]}) | {"annotations": [points]}

@@ -1,19 +1,21 @@
 """Tracks of objects: Molmo2-VideoTrack as it is trained on, and the academic sets of the same columns."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+
+from data_pipelines.schemas import media
 
 MODES = {"track": "per_frame", "ground": "start_end", "single_point_track": "single_point"}
 _DENSEST = 10  # frames per second at which a tracking video is shown, at most
 
 
-def tracks(rows: Iterable[dict], config: str = "track") -> Iterator[dict]:
-    """id, clip, fps, sampling_fps, expression, width, height, mask_id, frame_trajectories.
+def tracks(rows: Sequence[dict], config: str = "track") -> Iterator[dict]:
+    """id, clip or video, fps, sampling_fps, expression, width, height, mask_id, frame_trajectories.
 
     frame_trajectories: [{frame, time, points: [{id, point [x, y] in pixels, occluded}]}]. Object ids become
     0 ... n - 1 by their order in mask_id. Rows whose fps cannot be sampled at sampling_fps are left out.
     """
     for row in rows:
-        rate = row.get("sampling_fps") or 1
+        rate = int(row.get("sampling_fps") or 1)
         fps = round(row["fps"])
         if fps % rate or not any(fps % one == 0 and one % rate == 0 for one in range(1, _DENSEST + 1)):
             continue
@@ -28,6 +30,6 @@ def tracks(rows: Iterable[dict], config: str = "track") -> Iterator[dict]:
         objects = [{"id": place, "points": points} for place, points in found.items() if points]
         mode = MODES[config]
         for some in [[one] for one in objects] if mode == "single_point" else [objects]:
-            yield {"video": f"media/{row['clip']}.mp4", "size": [row["width"], row["height"]],
+            yield {"video": media.video(row), "size": [row["width"], row["height"]], "tracking_fps": rate,
                    "annotations": [{"type": "tracks", "label": row["expression"], "mode": mode, "fps": rate,
                                     "tracks": some}]}

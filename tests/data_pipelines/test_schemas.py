@@ -1,5 +1,7 @@
 """Rows as the recipe's data sets publish them become records, and these the text the model learns."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from data_pipelines import formats
 from data_pipelines import schemas
 from data_pipelines import sources
 from data_pipelines import tasks
+from data_pipelines.schemas import media
 from molmo2_jax import types
 
 A = {"image_sha256": "a", "label": "Mug"}
@@ -38,7 +41,7 @@ CASES = {  # schema, rows, further arguments: the turns of every record, in the 
                   {"video_id": "v", "question": "Why?", "answer": " "}], {}, [[("Who?", "Ann")]]),
     "ask_model_anything": ([{"image_sha256": "a", "question": "How many mugs?", "answer": "Two."},
                             {"image_sha256": "a", "question": "How many years old?", "answer": "9"}], {},
-                           [[("Answer without pointing. How many mugs?", "Two."),
+                           [[("Please do not mark anything. How many mugs?", "Two."),
                              ("How many years old?", "9")]]),
     "cap_qa": ([{"image_sha256": "a", "question": "[USER] What? [ASSISTANT] A mug. [USER] Which colour?",
                  "answer": "Red."}], {}, [[("What?", "A mug.", "Which colour?", "Red.")]]),
@@ -62,6 +65,52 @@ CASES = {  # schema, rows, further arguments: the turns of every record, in the 
                [[("Same?\nOnly return the correct answer option.\nA. yes\nB. no", "B. no")]]),
     "label": ([{"video_id": "v", "label": "running", "start": 0.5, "end": 2.0}], {},
               [[("kinetics_label: What is happening?", "running")]]),
+    "ai2d": ([{"image": "media/a.jpg", "question": "Which?", "answer_texts": ["a", "b"], "correct_answer": 1,
+               "abc_label": True, "option_is_abc": [True, True]},
+              {"image": "media/a.jpg", "question": "Which?", "answer_texts": ["leaf", "root"],
+               "correct_answer": 1, "abc_label": True, "option_is_abc": [False, False]}], {},
+             [[("Which?\nOnly return the correct answer option.\nA\nB", "B")],
+              [("Which?\nOnly return the correct answer option.\nA. leaf\nB. root", "B. root")]]),
+    "science_qa": ([{"image": "media/a.jpg", "question": "Which?", "choices": ["x", "y"], "answer": 0,
+                     "hint": "Look."}, {"image": None, "question": "?", "choices": ["x", "y"], "answer": 0}],
+                   {}, [[("Look.\nWhich?\nOnly return the correct answer option.\nA. x\nB. y", "A. x")]]),
+    "video_qa": ([{"video_id": "v", "question": "Who?", "answer": "Ann"},
+                  {"video_id": "v", "question": "How many?", "answer": 2}], {},
+                 [[("video_short_answer: Who?", "Ann"), ("video_short_answer: How many?", "2")]]),
+    "llava_video": ([{"video": "v.mp4", "conversations": [
+        {"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Ann"},
+        {"from": "human", "value": "Where?"}, {"from": "gpt", "value": "Here"}]}], {},
+        [[("video_short_answer: Who?", "Ann"), ("video_short_answer: Where?", "Here")]]),
+    "perception_test": ([{"id": "v", "mc_question": [{"question": "?", "options": ["x", "y", "z"],
+                                                      "answer_id": 2}]}], {},
+                        [[("?\nOnly return the correct answer option.\nA. x\nB. y\nC. z", "C. z")]]),
+    "tgif": ([{"gif_name": "g", "question": "Does?", "answer": "1",
+               **{f"a{number}": f"o{number}" for number in range(1, 6)}},
+              {"gif_name": "g", "question": "How often?", "answer": "4"}], {},
+             [[("Does?\nOnly return the correct answer option.\nA. o1\nB. o2\nC. o3\nD. o4\nE. o5", "B. o2"),
+               ("video_short_answer: Does?", "o2"), ("video_short_answer: How often?", "4")]]),
+    "tvqa": ([{"vid_name": "v", "q": "Who?", "answer_idx": 0, "ts": "1.0-2.5", "subtitles": [
+        {"start": 0.5, "end": 1.5, "text": "hi"}, {"start": 2.5, "end": 3.0, "text": "bye"}],
+        **{f"a{number}": f"o{number}" for number in range(5)}},
+        {"vid_name": "v", "q": "Who?", "answer_idx": 0, "ts": "nan-nan"}], {},
+        [[("Who?\nOnly return the correct answer option.\nA. o0\nB. o1\nC. o2\nD. o3\nE. o4", "A. o0")]]),
+    "cinepile": ([{"video_id": "v", "subtitles": "Hi. Bye.", "examples": {
+        "question": ["?"], "choices": [["x", "y"]], "answer_key_position": [1]}}], {},
+        [[("?\nOnly return the correct answer option.\nA. x\nB. y", "B. y")]]),
+    "qv_highlights": ([{"vid": "v", "query": "a dog", "relevant_windows": [[0, 1], [2, 2.5]]},
+                       {"vid": "v", "query": "a cat", "relevant_windows": [[0, 1]] * 6}], {},
+                      [[("video_short_answer: When does this happen: a dog", "Segments: [0-1], [2-2.5]")]]),
+    "activity_net": ([{"id": "v", "subset": "training", "annotations": [
+        {"segment": [0.5, 2], "label": "surfing"}, {"segment": [2, 3], "label": "diving"}]},
+        {"id": "v", "subset": "validation", "annotations": []}], {},
+        [[("activitynet_label: What is happening?", "surfing")],
+         [("activitynet_label: What is happening?", "diving")]]),
+    "academic_video_point": ([{"subset": "mevis", "video_name": "n", "category": "Cat", "count": 1,
+                               "timestamps": [1.0], "points": [[{"x": 10.0, "y": 20.0}]],
+                               "video_duration": 9.0, "clip_start_time": 0.25, "clip_end_time": 3.0}], {},
+                             [[("How many cat are there in the video?",
+                                'Counting the <points coords="0.5 1 100 200">cat</points> shows a total of '
+                                "1.")]]),
     "tulu": ([TULU, TULU | {"category": "coding"}, TULU | {"first_message_qwen3_tokens": 9000}], {},
              [[("System: Be brief.\nHi", "Hello.")]]),
     "hardcodes": ([{"questions": ["Who are you?", "Name?"], "response": "Molmo."}], {},
@@ -97,7 +146,8 @@ CASES = {  # schema, rows, further arguments: the turns of every record, in the 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "media").mkdir()
-    for name in ("a.jpg", "b.jpg", "v.mp4", "v_2fps.mp4"):
+    (tmp_path / "media/mevis").mkdir()
+    for name in ("a.jpg", "b.jpg", "v.mp4", "v_2fps.mp4", "g.gif", "mevis/n.mp4"):
         (tmp_path / "media" / name).write_bytes(b"x")
     return tmp_path
 
@@ -177,7 +227,8 @@ def test_every_task_of_the_recipe_has_a_schema_that_takes_its_arguments():
     for mixture in ("pretrain", "sft"):
         for member in tasks.members(tasks.MIXTURES[mixture]):
             task = tasks.TASKS[member.task]
-            assert list(schemas.SCHEMAS[task.schema]([], **dict(task.how))) == []
+            parameters = inspect.signature(schemas.SCHEMAS[task.schema].records).parameters
+            assert set(dict(task.how)) <= set(parameters), task
 
 
 def test_the_recipes_mixtures_have_its_shares():
@@ -189,3 +240,68 @@ def test_the_recipes_mixtures_have_its_shares():
     assert shares["kinetics_qa"] == pytest.approx(shares["tgif"])  # both pretend to have 60,000
     assert shares["molmo2_cap"] / shares["molmo2_human_qa"] == pytest.approx(1.5 * (100 / 43) ** 0.5)
     assert tasks.rates(tasks.MIXTURES["pretrain"], sizes)["pixmo_cap_with_transcripts"] == pytest.approx(0.6)
+
+
+def test_rows_that_do_not_fit_leave_the_others_of_their_image(folder):
+    good = {"image_sha256": "a", "question": "Who?", "answer": "Ann"}
+    rows = [good, good | {"question": None}, good | {"answer": ""}, {"image_sha256": "a"},
+            ValueError("line 7"), {"question": "?"}]
+    number, errors = schemas.convert("ask_model_anything", rows, folder)
+    [example] = sources.read_jsonl(folder / "annotations.jsonl")
+    assert number == 1 and [one["answer"] for one in example.annotations] == ["Ann"]
+    told = "\n".join(map(str, errors))
+    for part in ("does not fit it (TypeError", "must have the column 'question'",
+                 "annotations[0].answer: must be", "line 7", "must have the column 'id'"):
+        assert part in told
+
+
+def test_images_are_named_by_what_the_rows_have():
+    assert media.image({"image": "media/x.png", "image_sha256": "s"}) == "media/x.png"
+    assert media.image({"image": None, "image_url": "u"}) == (
+        "media/0bfe935e70c321c7ca3afc75ce0d0ca2f98b5422e008bb31c00c6d7f1f1c0ad6.jpg")
+    assert media.images({"image_urls": ["u", "u"]}) == [media.image({"image_url": "u"})] * 2
+    assert media.video({"clip": "c", "video": "v"}) == "media/c.mp4"
+    assert media.video({"video": "v.webm"}) == "media/v.webm"
+
+
+def test_a_video_with_several_rows_is_a_conversation_at_some_uses_and_asked_in_its_own_words(folder):
+    rows = [POINT_ROW | {"question": "How many balls?"}, POINT_ROW | {"label": "Hat"}]
+    schemas.convert("video_point", rows, folder)
+    [example] = sources.read_jsonl(folder / "annotations.jsonl")
+    assert example.dialogue_share == 0.2
+    assert [turns[0] for turns in turns_of(example)] == [
+        "How many balls?", "How many Hat are there in the video?"]
+    schemas.convert("video_point", rows[:1], folder)
+    [example] = sources.read_jsonl(folder / "annotations.jsonl")
+    assert example.dialogue_share == 0
+
+
+def test_times_of_a_clip_lie_on_its_own_grid(folder):
+    row = POINT_ROW | {"video_duration": 200.0, "clip_start": 90.2, "clip_end": 150.0,
+                       "two_fps_timestamps": [90.7, 91.6]}
+    schemas.convert("video_point", [row], folder)
+    [example] = sources.read_jsonl(folder / "annotations.jsonl")
+    assert [point["time"] for point in example.annotations[0]["points"]] == pytest.approx([0.5, 1.0])
+
+
+def test_tracks_say_the_rate_that_decides_which_frames_are_shown(folder):
+    schemas.convert("tracks", [TRACK_ROW], folder)
+    assert sources.read_jsonl(folder / "annotations.jsonl")[0].tracking_fps == 2
+
+
+def test_images_with_many_points_are_a_set_of_their_own(folder):
+    rows = [A | {"points": [], "label": kind, "collection_method": kind} for kind in ("pointing", "counting")]
+    schemas.convert("pixmo_points", rows, folder, method="counting")
+    examples = sources.read_jsonl(folder / "annotations.jsonl")
+    assert {one["label"] for example in examples for one in example.annotations} == {"counting"}
+
+
+def test_hardcoded_answers_stand_beside_media_of_all_kinds(folder):
+    rows = [{"questions": [f"Who are you, {number}?" for number in range(200)], "response": "Molmo."}]
+    number, errors = schemas.convert("hardcodes", rows, folder, media_folder="media")
+    examples = sources.read_jsonl(folder / "annotations.jsonl")
+    assert number == 200 and not errors
+    kinds = [(bool(example.video), len(example.images)) for example in examples]
+    kinds_seen = ((False, 0), (False, 1), (True, 0), (False, 2))
+    shares = [kinds.count(kind) / 200 for kind in kinds_seen]
+    assert shares == pytest.approx([0.35, 0.25, 0.25, 0.15], abs=0.1)

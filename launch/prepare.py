@@ -1,0 +1,47 @@
+"""Makes the annotations of a task from the rows that a data set publishes.
+
+  python -m launch.prepare --task=pixmo_points --published='downloads/pixmo-points/*.parquet'
+  python -m launch.prepare --task=chart_qa --published='downloads/chartqa/train-*.parquet' --output=charts
+
+Writes FOLDER/annotations.jsonl; the folder is the task's (data_pipelines/tasks.py) unless --output names one.
+Media that rows do not hold themselves must lie in FOLDER/media already, named as data_pipelines/schemas says.
+Whatever is left out is counted and listed in FOLDER/left_out.txt.
+"""
+
+import pathlib
+
+from absl import flags
+
+from data_pipelines import published
+from data_pipelines import schemas
+from data_pipelines import tasks
+from launch import cli
+
+_TASK = flags.DEFINE_string("task", None, "A key of data_pipelines.tasks.TASKS.")
+_PUBLISHED = flags.DEFINE_multi_string("published", [], "Files of rows; may hold wildcards and be repeated.")
+for _name in ("output", "traceback"):
+    flags.declare_key_flag(_name)
+_SHOWN = 3  # reasons that are printed
+
+
+def main(arguments: list[str]) -> None:
+    cli.no_arguments(arguments)
+    known = sorted(name for name, task in tasks.TASKS.items() if task.schema)
+    if _TASK.value not in known:
+        raise ValueError(f"--task must be one of {', '.join(known)}; got {_TASK.value!r}")
+    if not _PUBLISHED.value:
+        raise ValueError("--published must name at least one file of rows")
+    task = tasks.TASKS[_TASK.value]
+    folder = pathlib.Path(cli.OUTPUT.value or task.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = published.rows(_PUBLISHED.value, folder)
+    number, errors = schemas.convert(task.schema, rows, folder, **dict(task.how))
+    (folder / "left_out.txt").write_text("".join(f"{error}\n" for error in errors), encoding="utf-8")
+    print(f"{folder / 'annotations.jsonl'}: {number} records; left out: {len(errors)} rows, records or "
+          "annotations")
+    for error in errors[:_SHOWN]:
+        print(f"  {error}")
+
+
+if __name__ == "__main__":
+    cli.start(main)
