@@ -125,15 +125,21 @@ def break_records(folder):
     return reasons
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """(gin file of a small run over 20 records, {broken record: reason})."""
+def write_world(folder):
+    """Draws 20 records and a tokenizer of them; returns the gin file of a small run over them."""
     drawn = dataclasses.replace(synthetic.quickstart_world(), frame_side=(32, 40))
-    folder = synthetic.write(tmp_path_factory.mktemp("world"), drawn, 0, 20, "train", progress=False).parent
+    folder = synthetic.write(folder, drawn, 0, 20, "train", progress=False).parent
     tokenizers.train_small((folder / "annotations.jsonl").read_text().splitlines(), 400).save(folder)
     gin = folder / "run.gin"
     gin.write_text(GIN.format(folder=folder, steps=STEPS, save_every=SAVE_EVERY))
-    return gin, break_records(folder)
+    return gin
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(gin file of a small run over 20 records, {broken record: reason})."""
+    gin = write_world(tmp_path_factory.mktemp("world"))
+    return gin, break_records(gin.parent)
 
 
 def command(world, workdir, *flags):
