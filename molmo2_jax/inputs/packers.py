@@ -65,6 +65,10 @@ class Knapsack:
         return (_fills(tokens, max_tokens, self._step(max_tokens))
                 or self.emit_full_crops_alone and crops >= max_crops)
 
+    def is_ready(self, num_waiting: int, fit_one_row: bool) -> bool:
+        """Returns whether a row is to be chosen of those waiting."""
+        return num_waiting >= self.buffer
+
     def _step(self, max_tokens: int) -> int:
         return max(1, max_tokens // 512)
 
@@ -89,7 +93,8 @@ class OldestFirst:
 
     The set is one Python integer with a bit for each pair of remaining budgets: that makes this fast.
 
-    buffer: sequences that wait before the first row is chosen. waste, slack: shares of a budget.
+    buffer: sequences that wait before the first row is chosen; more as long as all of them together fit one
+      row, so that short texts fill rows too. waste, slack: shares of a budget.
     steps: resolution of tokens.
     """
     buffer: int = 80
@@ -108,6 +113,10 @@ class OldestFirst:
     def stands_alone(self, tokens: int, crops: int, max_tokens: int, max_crops: int) -> bool:
         """Returns whether a sequence is a row of its own and need not wait."""
         return _fills(tokens, max_tokens, self._step(max_tokens))
+
+    def is_ready(self, num_waiting: int, fit_one_row: bool) -> bool:
+        """Returns whether a row is to be chosen of those waiting."""
+        return num_waiting >= self.buffer and not fit_one_row
 
     def _step(self, max_tokens: int) -> int:
         return max(1, max_tokens // self.steps)
@@ -242,10 +251,16 @@ class Packer:
                              f"pooled rows; got {crops} and {pooled} ({tag!r})")
         if self._rule.stands_alone(tokens, crops, self._max_tokens, self._max_crops):
             return [(sequence, tag)]
-        pack = self._take() if len(self._waiting) >= self._rule.buffer else None
+        pack = self._take() if self._rule.is_ready(len(self._waiting), self._fit_one_row()) else None
         self._waiting.append((sequence, tag))
         self._waits.append(0)
         return pack
+
+    def _fit_one_row(self) -> bool:
+        """Returns whether one row could hold all that wait."""
+        waiting = [sequence for sequence, _ in self._waiting]
+        return all(sum(len(getattr(one, name)) for one in waiting) <= budget for name, budget in (
+            ("tokens", self._max_tokens), ("patches", self._max_crops), ("pooled", self._max_pooled)))
 
     def flush(self) -> list[Pack]:
         """Returns packs of everything that waits, and empties the buffer."""

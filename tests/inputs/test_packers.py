@@ -89,7 +89,8 @@ def test_every_sequence_is_emitted_once_and_rows_keep_all_three_budgets(rule, si
     for number, size in enumerate(sizes):
         pack = packer.push(of_size(*size), number)
         packs += [pack] if pack else []
-        assert len(packer.pending) <= rule.buffer
+        waiting = np.sum([sizes[tag] for tag in packer.pending[:-1]] or [(0, 0, 0)], axis=0)
+        assert len(packer.pending) <= rule.buffer or (waiting <= budgets).all()
     packs += packer.flush()
     assert sorted(tag for pack in packs for _, tag in pack) == list(range(len(sizes)))
     assert packer.pending == [] and packer.flush() == []
@@ -113,6 +114,14 @@ def test_rows_of_text_alone_are_filled(max_crops):
     packs = emitted(packer, stream, range(300))
     fill = [sum(len(stream[number].tokens) for number in pack) for pack in packs]
     assert len(packs) > 40 and np.mean(fill) > 970
+
+
+def test_short_texts_wait_until_they_fill_a_row():
+    packer, rng = packers.Packer(packers.OldestFirst(buffer=8), 1000, 4), np.random.default_rng(0)
+    stream = [of_size(int(tokens), 0) for tokens in rng.integers(5, 40, 900)]
+    packs = emitted(packer, stream, range(900))
+    fill = [sum(len(stream[number].tokens) for number in pack) for pack in packs]
+    assert len(packs) > 15 and min(fill) > 960 and len(packer.pending) > 8
 
 
 def test_no_sequence_waits_longer_than_the_bound():
