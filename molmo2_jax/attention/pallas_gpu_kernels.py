@@ -21,6 +21,7 @@ from molmo2_jax.attention import tiling as tiling_lib
 from molmo2_jax.attention import tree_mask
 
 NUM_WARPS = 8
+QUERIES_AT_ONCE = 64  # for the gradients of keys; with 128 the sums do not fit into registers
 
 
 def _specs(q, k, tiling):
@@ -93,7 +94,7 @@ def _forward_kernel(words, borders, first, q_ref, k_ref, v_ref, query_group, key
 
     def body(is_masked, n, _, carry):
         maximum, total, acc = carry
-        at, j = _tile(words[n], tiling.key_tile)
+        at, j = _stretch(tree_mask.column_of(words[n]) * tiling.key_tile, tiling.key_tile)
         s = flash.dot(q, k_ref[at, :], (1, 1))
         if is_masked:
             visible = tiling_lib.visible(i, j[None], keys[0, at][None], group, keys[1, at][None])
@@ -111,9 +112,8 @@ def _forward_kernel(words, borders, first, q_ref, k_ref, v_ref, query_group, key
     log_sum[...] = maximum + jnp.log2(total)
 
 
-def _tile(word, length):
-    """Returns the slice and the positions of the tile that a word names, on the side that is walked."""
-    start = tree_mask.column_of(word) * length
+def _stretch(start, length):
+    """Returns (slice, positions)."""
     return pl.ds(start, length), start + jnp.arange(length)
 
 
@@ -155,7 +155,7 @@ def _query_kernel(words, borders, first, q_ref, k_ref, v_ref, grad, log_sum, del
     group, statistics = query_group[0, :][:, None], (log_sum[...][:, None], delta[...][:, None])
 
     def body(is_masked, n, _, dq):
-        at, j = _tile(words[n], tiling.key_tile)
+        at, j = _stretch(tree_mask.column_of(words[n]) * tiling.key_tile, tiling.key_tile)
         k, visible = k_ref[at, :], None
         if is_masked:
             visible = tiling_lib.visible(i, j[None], keys[0, at][None], group, keys[1, at][None])
@@ -171,10 +171,13 @@ def _key_kernel(words, borders, first, q_ref, k_ref, v_ref, grad_ref, log_sum, d
     j = (pl.program_id(0) * tiling.key_tile + jnp.arange(tiling.key_tile))[:, None]
     first_query = first[pl.program_id(2)]
     end, group = keys[0, :][:, None], keys[1, :][:, None]
+    length = min(QUERIES_AT_ONCE, tiling.query_tile)
+    parts = tiling.query_tile // length
 
-    def body(is_masked, n, g, carry):
+    def body(is_masked, n, turn, carry):
         dk, dv = carry
-        at, i = _tile(words[n], tiling.query_tile)
+        g, part = lax.div(turn, parts), lax.rem(turn, parts)
+        at, i = _stretch(tree_mask.column_of(words[n]) * tiling.query_tile + part * length, length)
         q, grad, visible = q_ref[g, at, :], grad_ref[g, at, :], None
         if is_masked:
             visible = tiling_lib.visible((first_query + i)[None], j, end, query_group[0, at][None], group)
@@ -182,6 +185,6 @@ def _key_kernel(words, borders, first, q_ref, k_ref, v_ref, grad_ref, log_sum, d
         return dk + flash.dot(ds, q, (1, 0)), dv + flash.dot(p, grad, (1, 0))
 
     zeros = jnp.zeros(dk_out.shape, jnp.float32)
-    dk, dv = _for_tiles(borders, body, (zeros, zeros), repeat=q_ref.shape[0])
+    dk, dv = _for_tiles(borders, body, (zeros, zeros), repeat=q_ref.shape[0] * parts)
     dk_out[...] = (dk * flash.LN_2).astype(dk_out.dtype)
     dv_out[...] = dv.astype(dv_out.dtype)

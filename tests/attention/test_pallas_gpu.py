@@ -19,7 +19,7 @@ from tests.attention import rows
 # Groups and head widths that are no powers of two, lengths that are no multiple of a tile.
 @pytest.mark.parametrize("rows_, length, num_heads, num_kv_heads, head_dim, tiles", [
     (2, 100, 6, 2, 72, (16, 32)),
-    (1, 90, 8, 1, 128, (32, 16)),
+    (1, 150, 8, 1, 128, (128, 32)),
 ])
 def test_kernels_equal_dense_attention_on_random_packs(
         rows_, length, num_heads, num_kv_heads, head_dim, tiles):
