@@ -1,6 +1,7 @@
 """Whatever is stopped, killed or moved to other hosts: the same batches, and every example once per epoch."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import hypothesis
 import numpy as np
@@ -151,7 +153,8 @@ def test_every_example_comes_once_however_often_a_run_is_killed_and_moved_to_oth
         alone.close()
 
 
-# Prints the processes, then behind each batch its hash and the position.
+# Prints the processes, then behind each batch its hash and the position. There is no guard: were it imported
+# again by the workers, they would start workers in turn, and fail.
 KILLED = """
 import hashlib, json, multiprocessing, pickle, sys
 from data_pipelines import pipeline
@@ -165,26 +168,47 @@ for number in range(100):
 """
 
 
-def test_workers_and_the_whole_process_may_be_killed(folders, tokenizer):
+def _children(pid):
+    """Returns the processes whose parent is `pid`, but for multiprocessing's own."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"spawn_main" in (path.parent / "cmdline").read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def _has_ended(pid, seconds=20.0):
+    until = time.monotonic() + seconds
+    while pathlib.Path(f"/proc/{pid}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    return not pathlib.Path(f"/proc/{pid}").exists()
+
+
+def test_workers_and_the_whole_process_may_be_killed(folders, tokenizer, tmp_path):
     run = {"rates": (1, 2, 1), "seed": 7, "row_tokens": 256, "row_crops": 9, "prefetch": 1, "streams": None,
            "packer": RULES[1]}
-    arguments = data_config(folders, run, num_workers=2, worker_prefetch=1), MODEL, INPUTS, tokenizer
+    arguments = data_config(folders, run, num_workers=1, worker_prefetch=1), MODEL, INPUTS, tokenizer
     [alone] = start(data_config(folders, run), tokenizer, 1)
 
     def digest():
         return hashlib.sha256(b"".join(array.tobytes() for array in next(alone))).hexdigest()
 
-    with subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, stdin=subprocess.PIPE,
+    (tmp_path / "main.py").write_text(KILLED)
+    with subprocess.Popen([sys.executable, tmp_path / "main.py"], cwd=ROOT, stdin=subprocess.PIPE,
                           stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
         process.stdin.write(pickle.dumps(arguments))
         process.stdin.close()
-        workers = json.loads(process.stdout.readline())
+        [worker] = json.loads(process.stdout.readline())
         for number in range(5):
             found, state = json.loads(process.stdout.readline())
             assert found == digest()
             if number == 2:
-                os.kill(workers[0], signal.SIGKILL)
+                os.kill(worker, signal.SIGKILL)
+        [worker] = _children(process.pid)
         process.kill()
+    assert _has_ended(worker)
     [resumed] = start(data_config(folders, run), tokenizer, 1)
     resumed.set_state(state)
     for _ in range(3):
