@@ -4,7 +4,6 @@ libtpu compiles on any x86 machine for a named slice ("v5p:4x4x8"). What comes b
 laid it out, and the program, from which collectives are read; operations are counted by formula (flops.py).
 """
 
-import collections
 import dataclasses
 import functools
 import math
@@ -14,12 +13,12 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 
 from molmo2_jax import chips as chips_lib
 from molmo2_jax import config as config_lib
 from molmo2_jax import flops as flops_lib
+from molmo2_jax import hlo
 from molmo2_jax import optim
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
@@ -195,9 +194,8 @@ def _report(slice_, slices, mesh, rows, config, model_config, shape, state, batc
             seconds) -> Report:
     chips = slice_.chips * slices
     model_flops = flops_lib.train_step(model_config, rows=rows, **shape)
-    once = flops_lib.train_step(model_config, rows=rows, **shape).times(1 / 3)
-    hardware = model_flops.total + flops_lib.recomputed(once, config.remat).total
-    moved = collectives(text, mesh.size // slices)
+    hardware = model_flops.plus(flops_lib.recomputed(model_config, config.remat, rows=rows, **shape)).total
+    moved = hlo.collectives(text, mesh.size // slices)
     over = lambda network: sum(size for name, size in moved.items() if name.startswith(network))
     times = {"compute": hardware / (chips * slice_.chip.flops), "ici": over("ici") / slice_.chip.ici_rate,
              "dcn": over("dcn") / slice_.chip.dcn_rate}
@@ -215,131 +213,3 @@ def _report(slice_, slices, mesh, rows, config, model_config, shape, state, batc
         hardware_flops=hardware, collectives=moved, seconds_bound=times[bounded_by], bounded_by=bounded_by,
         mfu_bound=flops_lib.mfu(model_flops.total, times[bounded_by], chips, slice_.chip.flops),
         compile_seconds=seconds)
-
-
-# ---- collectives of a compiled program ----
-
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
-          "s64": 8, "u64": 8, "f64": 8}
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective: its kind, bytes of its larger side on one device, devices that take part in each group,
-    how often it runs in a step, whether its groups span slices, and the shapes of its result."""
-    kind: str
-    size: int
-    group: int
-    times: int
-    spans_slices: bool
-    shapes: tuple[tuple[int, ...], ...]
-
-    @property
-    def traffic(self) -> float:
-        """Bytes that a device sends in all, by the usual ring algorithms."""
-        factor = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
-        return self.times * self.size * factor * (2 if self.kind == "all-reduce" else 1)
-
-
-def collectives(text: str, devices_per_slice: int) -> dict[str, float]:
-    """Returns bytes of one step by network and kind, "ici all-gather" and so on."""
-    totals = collections.Counter()
-    for one in find_collectives(text, devices_per_slice):
-        totals[f"{'dcn' if one.spans_slices else 'ici'} {one.kind}"] += one.traffic
-    return dict(totals)
-
-
-def find_collectives(text: str, devices_per_slice: int) -> list[Collective]:
-    """Returns the collectives of a compiled program; those of one device alone are left out.
-
-    The compiler writes a reduce-scatter as an all-reduce in a fusion that is called all-reduce-scatter.
-    """
-    bodies = _computations(text)
-    times, found = _times(bodies), []
-    for name, lines in bodies.items():
-        for line in lines:
-            match = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
-            if not match or not times[name]:
-                continue
-            kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            arrays = [(width, tuple(map(int, filter(None, dims.split(","))))) for width, dims in arrays]
-            sizes = [_WIDTH.get(width, 4) * math.prod(dims) for width, dims in arrays]
-            size = max(sizes) if match[3] or kind == "collective-permute" else sum(sizes)
-            group, spans = _groups(line, devices_per_slice)
-            if kind == "reduce-scatter" and match[2] == "reduce-scatter":
-                size *= group
-            if group > 1:
-                found.append(Collective(kind, size, group, times[name], spans,
-                                        tuple(dims for _, dims in arrays)))
-    return found
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    bodies, name = {}, None
-    for line in text.splitlines():
-        start = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line)
-        if start:
-            name = start[1]
-            bodies[name] = []
-            if line.startswith("ENTRY"):
-                bodies[""] = [f"calls=%{name}"]
-        elif name is not None:
-            bodies[name].append(line)
-    return bodies
-
-
-def _times(bodies: dict[str, list[str]]) -> collections.Counter:
-    """Returns how often each computation runs in a step.
-
-    A loop runs as often as the one constant in its condition says; with none or several, it counts once.
-    """
-    def length(line):
-        condition = re.search(r"condition=%?([\w.\-]+)", line)
-        found = re.findall(r"constant\((\d+)\)", "".join(bodies.get(condition[1], ()) if condition else ()))
-        return int(found[0]) if len(found) == 1 else 1
-
-    calls = collections.defaultdict(list)
-    for name, lines in bodies.items():
-        for line in lines:
-            for what, called in re.findall(r"(body|condition|calls|to_apply)=%?([\w.\-]+)", line):
-                calls[name].append((called, length(line) if what == "body" else 1))
-            for several in re.findall(r"(?:branch_computations|called_computations)=\{([^}]*)\}", line):
-                calls[name] += [(called.strip().lstrip("%"), 1) for called in several.split(",")]
-    times, waiting = collections.Counter(), [("", 1)]
-    while waiting:
-        name, factor = waiting.pop()
-        times[name] += factor
-        waiting += [(called, factor * count) for called, count in calls[name]]
-    return times
-
-
-def _groups(line: str, devices_per_slice: int) -> tuple[int, bool]:
-    """Returns (devices in a group, whether groups span slices)."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    if listed:
-        ids = list(map(int, listed[1].split(",")))
-        return len(ids), len({i // devices_per_slice for i in ids}) > 1
-    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
-    if iota:
-        ids = np.arange(int(iota[1]) * int(iota[2])).reshape(list(map(int, iota[3].split(","))))
-        if iota[4]:
-            ids = ids.transpose(list(map(int, iota[4].split(","))))
-        first = ids.reshape(int(iota[1]), int(iota[2]))[0]
-        return len(first), len(set(first // devices_per_slice)) > 1
-    named = re.search(r"replica_groups=mesh\[(.*?)\]"
-                      r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}", line)
-    if named:
-        axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        ids = np.arange(math.prod(map(int, axes.values())))
-        if named[2]:
-            ids = ids.reshape(list(map(int, named[2].split(","))))
-            ids = ids.transpose(list(map(int, named[3].split(",")))) if named[3] else ids
-        inside = re.findall(r"'(\w+)'", named[4])
-        first = ids.reshape(list(map(int, axes.values())))[
-            tuple(slice(None) if axis in inside else 0 for axis in axes)].ravel()
-        return len(first), len(set(first // devices_per_slice)) > 1
-    pairs = re.findall(r"\{(\d+),(\d+)\}", line.partition("source_target_pairs=")[2].partition("}}")[0] + "}")
-    spans = any(int(a) // devices_per_slice != int(b) // devices_per_slice for a, b in pairs)
-    return 2 if pairs else 1, spans

@@ -24,24 +24,51 @@ class Flops(NamedTuple):
     def times(self, factor: float) -> "Flops":
         return Flops(*(factor * part for part in self))
 
+    def plus(self, other: "Flops") -> "Flops":
+        return Flops(*map(sum, zip(self, other)))
+
+
+class _Products(NamedTuple):
+    """Operations of a forward pass; `last` are the products that end a block, whose results only the next
+    block reads."""
+    vit: float
+    vit_attention: float
+    vit_last: float
+    connector: float
+    connector_last: float
+    decoder: float
+    decoder_last: float
+    attention: float
+    head: float
+
+
+def _products(model: config_lib.Molmo2Config, tokens: int, crops: int, windows: int, slots: int,
+              pairs: float) -> _Products:
+    v, c, t = model.vision, model.connector, model.text
+    P, heads, layers = v.num_patches, v.num_heads * v.head_dim, max(c.taps) + 1
+    tapped, pooled = len(c.taps) * v.width, c.num_heads * c.head_dim
+    pooling = (1 + 2 * slots) * tapped * pooled + 2 * slots * pooled + pooled * pooled
+    queries, keys = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
+    return _Products(
+        vit=2 * crops * P * v.width * (v.patch_values + layers * (4 * heads + v.mlp_width)),
+        vit_attention=4 * crops * layers * P * P * heads,
+        vit_last=2 * crops * layers * P * v.width * v.mlp_width,
+        connector=2 * windows * (pooling + 2 * pooled * c.mlp_width),
+        connector_last=2 * windows * t.width * c.mlp_width,
+        decoder=2 * tokens * t.num_layers * t.width * (2 * queries + 2 * keys + 2 * t.mlp_width),
+        decoder_last=2 * tokens * t.num_layers * t.width * t.mlp_width,
+        attention=4 * pairs * queries * t.num_layers,
+        head=2 * tokens * t.width * t.vocab_size)
+
 
 def forward(model: config_lib.Molmo2Config, *, tokens: int, crops: int, windows: int, slots: int,
             pairs: float) -> Flops:
     """Returns the operations of a forward pass over rows with so many tokens and crops, windows of `slots`
     patches, and pairs of tokens of which one sees the other.
     """
-    v, c, t = model.vision, model.connector, model.text
-    P, heads = v.num_patches, v.num_heads * v.head_dim
-    layer = 2 * P * (4 * v.width * heads + 2 * P * heads + 2 * v.width * v.mlp_width)
-    vit = crops * (2 * P * v.patch_values * v.width + (max(c.taps) + 1) * layer)
-    tapped, pooled = len(c.taps) * v.width, c.num_heads * c.head_dim
-    pooling = (1 + 2 * slots) * tapped * pooled + 2 * slots * pooled + pooled * pooled
-    project = (2 * pooled + t.width) * c.mlp_width
-    queries, keys = t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim
-    block = t.width * (2 * queries + 2 * keys + 3 * t.mlp_width)
-    return Flops(vit, windows * 2 * (pooling + project),
-                 tokens * 2 * (t.num_layers * block + t.width * t.vocab_size),
-                 4 * pairs * queries * t.num_layers)
+    p = _products(model, tokens, crops, windows, slots, pairs)
+    return Flops(p.vit + p.vit_attention + p.vit_last, p.connector + p.connector_last,
+                 p.decoder + p.decoder_last + p.head, p.attention)
 
 
 def train_step(model: config_lib.Molmo2Config, *, rows: int, T: int, M: int, R: int, W: int,
@@ -58,9 +85,21 @@ def train_step(model: config_lib.Molmo2Config, *, rows: int, T: int, M: int, R: 
     return total._replace(decoder=total.decoder - spared)
 
 
-def recomputed(once: Flops, remat: str) -> Flops:
-    """Returns what rematerialisation adds: every matrix product of the towers once more, and the head's."""
-    return once if remat == "full" else Flops(0.0, 0.0, 0.0, 0.0 if remat == "none" else once.attention)
+def recomputed(model: config_lib.Molmo2Config, remat: str, *, rows: int, T: int, M: int, R: int, W: int,
+               density: float = 0.5) -> Flops:
+    """Returns what a step computes a second time under a policy of layers.REMAT_POLICIES.
+
+    The loss always recomputes the head's product, and the connector is recomputed whole unless nothing is. A
+    block's last product is not needed again, unless a norm follows it.
+    """
+    p = _products(model, rows * T, rows * M, rows * R, W, rows * density * T * T)
+    connector = 0.0 if remat == "none" else p.connector
+    if remat in ("none", "dots"):
+        kept = remat == "none"
+        return Flops(0.0 if kept else p.vit_attention, connector, p.head, 0.0 if kept else p.attention)
+    blocks = p.decoder + (p.decoder_last if model.text.norm_after else 0.0)
+    return Flops(p.vit + p.vit_attention, connector, blocks + p.head,
+                 0.0 if remat == "attention" else p.attention)
 
 
 def mfu(flops: float, seconds: float, chips: int, chip_flops: float) -> float:

@@ -32,6 +32,7 @@ ALLOWED = {
     "molmo2_jax.config": {"numpy"} | BOTTOM,
     "molmo2_jax.types": {"numpy"} | BOTTOM,
     "molmo2_jax.flops": BOTTOM,
+    "molmo2_jax.hlo": {"numpy"},
     "molmo2_jax.sharding": DEVICES,
     "molmo2_jax.inputs": {"numpy", "av", "tokenizers", "PIL", "molmo2_jax.inputs"} | BOTTOM,
     "molmo2_jax.attention": DEVICES | {"molmo2_jax.attention"},

@@ -83,6 +83,11 @@ def dropout(x_BTD, rate_BT, rng):
     return jnp.where(kept, x_BTD / keep_BT1.astype(x_BTD.dtype), 0)
 
 
+def _multiply(x, kernel, num_in: int, axes: tuple[str | None, ...] | None):
+    dimensions = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
+    return jax.lax.dot_general(x, sharding.gathered(kernel.astype(x.dtype), axes), (dimensions, ((), ())))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def contract(x, kernel, num_in: int, axes: tuple[str | None, ...] | None):
     """Returns x with its last `num_in` axes contracted against the first `num_in` of the kernel.
@@ -90,12 +95,12 @@ def contract(x, kernel, num_in: int, axes: tuple[str | None, ...] | None):
     The kernel, of logical `axes`, is cast to x's dtype and then gathered from the devices (None: it was
     gathered before); its gradient comes in its own dtype, and is added up in it over positions and devices.
     """
-    dimensions = (tuple(range(x.ndim - num_in, x.ndim)), tuple(range(num_in)))
-    return jax.lax.dot_general(x, sharding.gathered(kernel.astype(x.dtype), axes), (dimensions, ((), ())))
+    return _multiply(x, kernel, num_in, axes)
 
 
 def _contract_forward(x, kernel, num_in, axes):
-    return contract(x, kernel, num_in, axes), (x, kernel)
+    # Not `contract`, in which policies of rematerialisation would not see the product.
+    return _multiply(x, kernel, num_in, axes), (x, kernel)
 
 
 def _contract_backward(num_in, axes, residuals, grad):

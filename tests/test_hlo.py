@@ -1,0 +1,33 @@
+"""Collectives are read off the text of a compiled program."""
+
+from molmo2_jax import hlo
+
+HLO = """HloModule jit_step
+%all-reduce-scatter.1 (input: f32[64,32]) -> f32[16,32] {
+  %all-reduce.7 = f32[64,32]{1,0} all-reduce(%input), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+%body.1 (p: (s32[], bf16[64,32])) -> (s32[], bf16[64,32]) {
+  %ag = bf16[64,32]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}
+  %rs = f32[16,32]{1,0} fusion(%ag), kind=kCustom, calls=%all-reduce-scatter.1
+}
+%cond.1 (p: (s32[], bf16[64,32])) -> pred[] {
+  %n = s32[] constant(36)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[], bf16[64,32]) while(%t), condition=%cond.1, body=%body.1
+  %sum = f32[8]{0} all-reduce(%a), replica_groups=[1,8]<=[8], to_apply=%add
+  %nothing = f32[8]{0} all-reduce(%a), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_read_with_their_loops_groups_and_networks():
+    found = {one.kind: one for one in hlo.find_collectives(HLO, devices_per_slice=4)}
+    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
+    gather, scatter, reduce = found["all-gather"], found["reduce-scatter"], found["all-reduce"]
+    assert (gather.times, gather.group, gather.size) == (36, 4, 64 * 32 * 2)
+    assert gather.spans_slices  # devices 0, 2, 4, 6
+    assert (scatter.times, scatter.group, scatter.size, scatter.spans_slices) == (36, 4, 64 * 32 * 4, False)
+    assert (reduce.times, reduce.group, reduce.traffic) == (1, 8, 2 * 32 * 7 / 8)
+    assert hlo.collectives(HLO, 8).keys() == {"ici all-gather", "ici reduce-scatter", "ici all-reduce"}
