@@ -24,6 +24,7 @@ TRACK_MODES = ("per_frame", "start_end", "single_point")
 TIME_TOLERANCE = 0.01  # seconds an annotated time may lie outside its clip
 _SURROGATE = re.compile("[\ud800-\udfff]")  # no tokenizer takes them
 _LARGEST = 1e300       # numbers beyond are as good as infinite
+_HIGHEST_RATE = 1000   # points per second
 
 _RECORD_FIELDS = ("video", "images", "clip", "tracking_fps", "subtitles", "size", "weight", "scale",
                   "dialogue", "annotations", "masks")
@@ -215,7 +216,7 @@ def _tracks(annotation, field, media) -> dict:
     _require(mode in TRACK_MODES, f"{field}.mode", f"must be one of {', '.join(TRACK_MODES)}", mode)
     _require(mode != "single_point" or len(tracks) == 1, f"{field}.tracks",
              "must hold exactly one track in mode single_point", len(tracks))
-    _require(_is_int(fps) and fps >= 1, f"{field}.fps", "must be an integer >= 1, points per second", fps)
+    _points_per_second(fps, f"{field}.fps")
     return {"label": _text(annotation["label"], f"{field}.label"), "tracks": tuple(tracks), "scale": scale,
             "mode": mode, "fps": fps}
 
@@ -321,8 +322,13 @@ def _rate(record, video) -> float | None:
         return None
     rate = record["tracking_fps"]
     _require(video is not None, "tracking_fps", "must only be given with a video", rate)
-    _require(_is_positive_int(rate), "tracking_fps", "must be an integer >= 1, points per second", rate)
-    return float(rate)
+    return float(_points_per_second(rate, "tracking_fps"))
+
+
+def _points_per_second(value, field) -> int:
+    _require(_is_positive_int(value) and value <= _HIGHEST_RATE, field,
+             f"must be an integer from 1 to {_HIGHEST_RATE}, points per second", value)
+    return value
 
 
 def _subtitles(value, media) -> tuple[tuple[float, float, str], ...] | str:

@@ -24,7 +24,7 @@ from data_pipelines.schemas import tracking
 Row = dict[str, Any]
 Record = dict[str, Any]
 # What functions here raise for a row without a column, or with something else in it than they read.
-_BAD_ROW = (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RuntimeError)
+_BAD_ROW = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 
 
 class Schema(NamedTuple):
@@ -126,13 +126,17 @@ def _records(make: Callable, group: Sequence[Row], schema: str, unfit: list) -> 
             unfit.append(_misfit(schema, group[0], error))
             return []
     before = len(unfit)
-    good = []
+    good, alone = [], []
     for row in group:
-        _records(make, [row], schema, unfit)
+        records = _records(make, [row], schema, unfit)
         if len(unfit) == before:
             good.append(row)
+            alone += records
         before = len(unfit)
-    return list(make(good)) if good else []
+    try:
+        return list(make(good)) if good else []
+    except _BAD_ROW:  # each fits, but not beside the others
+        return alone
 
 
 def _misfit(schema: str, row: Mapping, error: Exception) -> ValueError:

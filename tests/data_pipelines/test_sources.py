@@ -167,7 +167,7 @@ MASK = {"id": 1, "time": 0.5, "size": [2, 2], "counts": [1, 3]}
             r"subtitles\[0\].end: must be after start",
         ),
         (video_record(QA, dialogue=2), "dialogue: must be <= 1.0; got 2"),
-        (video_record(QA, tracking_fps=0.5), "tracking_fps: must be an integer >= 1.*; got 0.5"),
+        (video_record(QA, tracking_fps=0.5), "tracking_fps: must be an integer from 1 to 1000.*; got 0.5"),
         (json.dumps({"tracking_fps": 1, "annotations": [QA]}), "tracking_fps: must only be given with a"),
         (json.dumps({"subtitles": "x", "annotations": [QA]}), "subtitles: must only be given with a video"),
         (video_record(QA, subtitles=3), "subtitles: must be a list; got 3"),

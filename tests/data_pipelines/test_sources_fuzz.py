@@ -20,10 +20,20 @@ ODD = (0, 1, 2, 0.5, 1.0, "cup", "point_count", [0.5, 2.0], "left", None, True, 
        "/dev/zero", [], {}, [[]], [0, 0], [1e9, -1e9], {"scale": 1}, ["a"] * 30)
 
 
+RARE = {
+    "video": "clips/0001.mp4", "tracking_fps": 2, "dialogue": 0.5, "subtitles": "They talk.", "annotations": [
+        {"type": "points", "label": "cup", "mode": ["bare", "count"], "prompt": {"count": "How many?"},
+         "points": []},
+        {"type": "choice", "question": "?", "options": ["A", "B"], "answer": 0, "labelled": False},
+        {"type": "qa", "question": ["Who?", "Which?"], "answer": "Ann", "style": "video_short_answer"},
+        {"type": "tracks", "label": "cup", "fps": 2,
+         "tracks": [{"id": 1, "points": [{"time": 0.5, "x": 1, "y": 2}]}]}]}
+
+
 def documented():
-    """Returns the records of the documentation, which use every field."""
+    """Returns the records of the documentation and one more, which together use every field."""
     blocks = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
-    return [json.loads(block) for block in blocks]
+    return [*map(json.loads, blocks), RARE]
 
 
 def places(value, path=()):
