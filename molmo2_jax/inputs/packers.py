@@ -125,7 +125,7 @@ class OldestFirst:
                max_crops: int) -> list[int]:
         """Returns the places in the buffer of a row, in the order in which they are joined."""
         step, width = self._step(max_tokens), max_crops + 1
-        size, steps = max_tokens // step, [math.ceil(t / step) for t in tokens]
+        size, steps = max_tokens // step, [-(-t // step) for t in tokens]
         needs = _needs(sum(steps) / size, sum(crops) / max(max_crops, 1))
         at_least, at_most = _masks(size, max_crops)
 
@@ -202,6 +202,11 @@ def _trace(left: int, full: int, before: Listing[int], costs: Listing[int], firs
 Rule = Knapsack | OldestFirst
 
 
+def _size(sequence: types.Sequence) -> tuple[int, int, int]:
+    """Returns (tokens, crops, pooled rows)."""
+    return len(sequence.tokens), len(sequence.patches), len(sequence.pooled)
+
+
 class Packer:
     """Collects sequences and emits packs, as its rule says.
 
@@ -219,7 +224,9 @@ class Packer:
         self._rule, self._max_tokens, self._max_crops = rule, max_tokens, max_crops
         self._max_pooled = max_tokens if max_pooled is None else max_pooled
         self._waiting: Pack = []
+        self._sizes: list[tuple[int, int, int]] = []  # tokens, crops, pooled rows
         self._waits: list[int] = []  # rows that were emitted while it waited
+        self._totals = (0, 0, 0)     # of sizes
         self._longest_wait = 0
 
     @property
@@ -234,6 +241,8 @@ class Packer:
     def resume(self, pending: Pack, state: Mapping[str, Any]) -> None:
         """Puts back the sequences that were `pending` when `state` was taken."""
         self._waiting, self._waits = list(pending), list(state["waits"])
+        self._sizes = [_size(sequence) for sequence, _ in pending]
+        self._totals = tuple(map(sum, zip((0, 0, 0), *self._sizes, strict=True)))
         self._longest_wait = state["longest_wait"]
 
     def push(self, sequence: types.Sequence, tag: Any = None) -> Pack | None:
@@ -245,7 +254,7 @@ class Packer:
         Raises:
           ValueError: the sequence has more crops or pooled rows than any row may have.
         """
-        tokens, crops, pooled = len(sequence.tokens), len(sequence.patches), len(sequence.pooled)
+        tokens, crops, pooled = size = _size(sequence)
         if crops > self._max_crops or pooled > self._max_pooled:
             raise ValueError(f"a sequence must fit a row of {self._max_crops} crops and {self._max_pooled} "
                              f"pooled rows; got {crops} and {pooled} ({tag!r})")
@@ -253,14 +262,15 @@ class Packer:
             return [(sequence, tag)]
         pack = self._take() if self._rule.is_ready(len(self._waiting), self._fit_one_row()) else None
         self._waiting.append((sequence, tag))
+        self._sizes.append(size)
         self._waits.append(0)
+        self._totals = (self._totals[0] + tokens, self._totals[1] + crops, self._totals[2] + pooled)
         return pack
 
     def _fit_one_row(self) -> bool:
         """Returns whether one row could hold all that wait."""
-        waiting = [sequence for sequence, _ in self._waiting]
-        return all(sum(len(getattr(one, name)) for one in waiting) <= budget for name, budget in (
-            ("tokens", self._max_tokens), ("patches", self._max_crops), ("pooled", self._max_pooled)))
+        tokens, crops, pooled = self._totals
+        return tokens <= self._max_tokens and crops <= self._max_crops and pooled <= self._max_pooled
 
     def flush(self) -> list[Pack]:
         """Returns packs of everything that waits, and empties the buffer."""
@@ -271,18 +281,19 @@ class Packer:
 
     def _take(self) -> Pack:
         """Removes the next pack from the buffer and returns it."""
-        tokens = [len(sequence.tokens) for sequence, _ in self._waiting]
-        crops = [len(sequence.patches) for sequence, _ in self._waiting]
+        tokens, crops, _ = zip(*self._sizes, strict=True)
         chosen = self._rule.choose(tokens, crops, self._waits, self._max_tokens, self._max_crops)
-        pack, kept, total, pooled = [], set(), 0, 0
+        pack, kept, total, pooled = [], [], 0, 0
         for item in chosen:  # whoever breaks the third budget, or the first by rounding, goes on waiting
-            total_with, pooled_with = total + tokens[item], pooled + len(self._waiting[item][0].pooled)
+            total_with, pooled_with = total + tokens[item], pooled + self._sizes[item][2]
             if total_with <= self._max_tokens and pooled_with <= self._max_pooled:
                 pack.append(self._waiting[item])
-                kept.add(item)
+                kept.append(item)
                 total, pooled = total_with, pooled_with
         self._longest_wait = max(self._longest_wait, max(self._waits[item] for item in kept))
-        rest = [item for item in range(len(self._waiting)) if item not in kept]
-        self._waiting = [self._waiting[item] for item in rest]
-        self._waits = [self._waits[item] + 1 for item in rest]
+        self._totals = (self._totals[0] - total, self._totals[1] - sum(crops[item] for item in kept),
+                        self._totals[2] - pooled)
+        for item in sorted(kept, reverse=True):
+            del self._waiting[item], self._sizes[item], self._waits[item]
+        self._waits = [waited + 1 for waited in self._waits]
         return pack
