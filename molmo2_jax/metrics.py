@@ -1,13 +1,19 @@
 """What a run reports: JSON lines, TensorBoard, a progress bar; counts of what a batch really holds."""
 
+import hashlib
+import importlib.util
 import json
 import os
+import tempfile
 import time
 
 import numpy as np
 import tqdm
 
+from molmo2_jax import files
 from molmo2_jax import types
+
+NAME = "metrics.jsonl"
 
 
 def batch_counts(batch: types.Batch) -> dict[str, float]:
@@ -23,44 +29,79 @@ def batch_counts(batch: types.Batch) -> dict[str, float]:
             "token_fill": float(real.mean()), "crop_fill": used / slots if slots else 0.0}
 
 
-class Writer:
-    """Appends metrics to `metrics.jsonl` and to TensorBoard files in a work directory.
+def is_timed(name: str) -> bool:
+    """Returns whether a value depends on the clock, so that it differs between equal runs."""
+    return name.endswith("_per_second") or name in ("mfu", "goodput", "data_stall")
 
-    After a resume, lines of steps that will be repeated are dropped first.
+
+def _open_board(folder: str, first_step: int):
+    import tensorboardX  # half a second of imports that only a training run needs
+    return tensorboardX.SummaryWriter(folder, purge_step=first_step)
+
+
+class Writer:
+    """Appends metrics to `metrics.jsonl` and to TensorBoard files in a work directory, and to wandb if that
+    is installed: offline, unless an account is known (WANDB_API_KEY) or WANDB_MODE says otherwise.
+
+    After a resume, lines of steps that will be repeated are dropped first. Objects in a bucket cannot be
+    added to: there, files are kept on this machine and copied by `publish`.
     """
 
     def __init__(self, workdir: str, first_step: int):
-        os.makedirs(workdir, exist_ok=True)
-        self._path = os.path.join(workdir, "metrics.jsonl")
-        kept = [line for line in read(self._path) if line["step"] < first_step]
-        with open(self._path + ".tmp", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(self._path + ".tmp", self._path)
-        self._file = open(self._path, "a", buffering=1)  # noqa: SIM115, closed by close()
-        import tensorboardX  # half a second of imports that only a training run needs
-        self._board = tensorboardX.SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step)
+        self._target = files.path(workdir)
+        self._here = tempfile.TemporaryDirectory() if files.is_remote(workdir) else None
+        self._folder = files.path(self._here.name if self._here else workdir)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read(self._target / NAME) if line["step"] < first_step]
+        partial = self._folder / f".{NAME}.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(self._folder / NAME)
+        self._file = open(self._folder / NAME, "a", buffering=1)  # noqa: SIM115, closed by close()
+        self._board = _open_board(str(self._folder / "tensorboard"), first_step)
+        self._wandb = _wandb_run(workdir) if importlib.util.find_spec("wandb") else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def publish(self) -> None:
+        """Copies the files to a work directory in a bucket."""
+        if self._here:
+            files.copy(self._folder, self._target)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        self.publish()
+        if self._here:
+            self._here.cleanup()
+        if self._wandb:
+            self._wandb.finish()
 
 
-def read(path: str) -> list[dict]:
+def _wandb_run(workdir):
+    """Returns the run of wandb that belongs to a work directory, also after a restart."""
+    import wandb  # not among our requirements
+    place = str(files.path(workdir))
+    has_account = bool(os.environ.get("WANDB_API_KEY"))
+    mode = os.environ.get("WANDB_MODE") or ("online" if has_account else "offline")
+    return wandb.init(project="molmo2_jax", name=os.path.basename(place), mode=mode,
+                      dir=None if files.is_remote(place) else place,
+                      resume="allow", id=hashlib.sha256(place.encode()).hexdigest()[:16])
+
+
+def read(path: str | os.PathLike) -> list[dict]:
     """Returns the lines of a metrics file; a last line cut off by a kill is left out."""
-    if not os.path.exists(path):
-        return []
+    path = files.path(path)
     lines = []
-    with open(path) as file:
-        for line in file:
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return lines
 
 
@@ -73,16 +114,16 @@ class Progress:
         self._last = time.monotonic()
         self._rates = {}
 
-    def update(self, counts: dict[str, float], loss: float) -> dict[str, float]:
-        """Advances one step; returns the smoothed rates."""
+    def update(self, counts: dict[str, float], loss: float, note: str = "") -> dict[str, float]:
+        """Advances one step; returns the smoothed rates. `note` ends the line."""
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-6), now
-        for name in ("examples", "tokens"):
+        for name in counts.keys() & {"examples", "tokens", "flops"}:
             rate = counts[name] / seconds
             self._rates[name] = 0.95 * self._rates.get(name, rate) + 0.05 * rate
         self._bar.set_postfix_str(
             f"loss {loss:.3f}, {self._rates['examples']:.0f} ex/s, {self._rates['tokens']:.0f} tok/s, "
-            f"fill {counts['token_fill']:.0%} tokens {counts['crop_fill']:.0%} crops", refresh=False)
+            f"fill {counts['token_fill']:.0%} tokens {counts['crop_fill']:.0%} crops{note}", refresh=False)
         self._bar.update(1)
         return {f"{name}_per_second": rate for name, rate in self._rates.items()}
 

@@ -42,7 +42,17 @@ ALLOWED = {
     "molmo2_jax.state": TRAINING,
     "molmo2_jax.decode": DEVICES | {"molmo2_jax.attention", "molmo2_jax.model"},
     "molmo2_jax.train": TRAINING | {"tqdm"},
-    "molmo2_jax.metrics": TRAINING | {"tqdm", "tensorboardX"},
+    "molmo2_jax.files": {"etils"},
+    "molmo2_jax.watchdog": set(),
+    "molmo2_jax.last_words": {"jax", "molmo2_jax.files"},
+    "molmo2_jax.profiling": {"jax"},
+    "molmo2_jax.guard": {"numpy", "molmo2_jax.files"} | BOTTOM,
+    "molmo2_jax.goodput": {"jax", "molmo2_jax.files"},
+    "molmo2_jax.report": {"jax", "molmo2_jax.sharding", "molmo2_jax.metrics", "molmo2_jax.goodput",
+                          "molmo2_jax.guard", "molmo2_jax.last_words", "molmo2_jax.profiling",
+                          "molmo2_jax.throughput", "molmo2_jax.watchdog"},
+    "molmo2_jax.throughput": {"numpy", "molmo2_jax.flops", "molmo2_jax.chips"} | BOTTOM,
+    "molmo2_jax.metrics": TRAINING | {"tqdm", "tensorboardX", "wandb"},
     "molmo2_jax.checkpoint": TRAINING | {"grain"},  # the position in the data is saved by grain
     "molmo2_jax.hf": DEVICES | {"molmo2_jax", "safetensors", "ml_dtypes", "tokenizers"},
     "molmo2_jax.hf.peer": DEVICES | {"torch", "transformers"},  # what others make of our folders

@@ -1,6 +1,8 @@
 """Metrics of a run that was killed and resumed read as if it had never stopped."""
 
+import importlib.machinery
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -43,6 +45,42 @@ def test_a_last_line_cut_off_by_a_kill_is_left_out_and_written_over(tmp_path):
     write(tmp_path, 3, (3, 4))
     assert steps_of(tmp_path) == [1, 2, 3, 4]
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+class Wandb:
+    """Stands in for the module: keeps what it is told."""
+
+    def __init__(self):
+        self.opened, self.lines, self.closed = [], [], 0
+
+    def init(self, **settings):
+        self.opened.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.lines.append((step, values))
+
+    def finish(self):
+        self.closed += 1
+
+
+@pytest.mark.parametrize("environment, mode", [
+    ({}, "offline"), ({"WANDB_API_KEY": "1"}, "online"), ({"WANDB_MODE": "disabled"}, "disabled")])
+def test_wandb_gets_every_line_where_it_is_installed(environment, mode, tmp_path, monkeypatch):
+    stub = Wandb()
+    stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    write(tmp_path, 1, (1, 2), examples=3)
+    write(tmp_path, 3, (3,))
+    assert stub.lines == [(1, {"loss": 1 / 7, "examples": 3}), (2, {"loss": 2 / 7, "examples": 3}),
+                          (3, {"loss": 3 / 7})]
+    first, second = stub.opened
+    assert first == second and first["mode"] == mode and first["resume"] == "allow"
+    assert first["dir"] == str(tmp_path) and stub.closed == 2
 
 
 def test_a_missing_file_has_no_lines(tmp_path):

@@ -1,0 +1,39 @@
+"""Notices of the cloud that this machine will go away: they become SIGTERM, at which a run saves and leaves.
+
+A TPU machine that is taken away or must be serviced says so in its metadata before it is shut down.
+Source: the cloud's pages "About VM metadata" and "Preemptible VM instances", November 2026.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import urllib.request
+
+_QUIET = {"maintenance-event": "NONE", "preempted": "FALSE"}  # key: its value while nothing is to come
+_RETRY = 30.0  # seconds until an unreachable server is asked again
+
+
+def listen(act=lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:
+    """Calls `act` once for a notice: this process gets SIGTERM. GCE_METADATA_HOST names another server."""
+    for key in _QUIET:
+        threading.Thread(target=_listen, args=(key, act), daemon=True, name=f"notices of {key}").start()
+
+
+def _listen(key, act):
+    host, etag = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal"), "0"
+    while True:
+        url = (f"http://{host}/computeMetadata/v1/instance/{key}?wait_for_change=true&timeout_sec=60"
+               f"&last_etag={etag}")
+        try:
+            request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+            with urllib.request.urlopen(request, timeout=90) as answer:
+                value, etag = answer.read().decode().strip(), answer.headers.get("ETag", "0")
+        except OSError:
+            time.sleep(_RETRY)
+            continue
+        if value != _QUIET[key]:
+            print(f"the machine's {key} is {value}: saving, then leaving", file=sys.stderr, flush=True)
+            act()
+            return

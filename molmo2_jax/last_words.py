@@ -1,0 +1,37 @@
+"""Every host says why it ended: `hosts/<index>.json` in the work directory.
+
+A file that still says "running" is that of a process that was killed, or died inside a library.
+"""
+
+import contextlib
+import os
+import socket
+import time
+import traceback
+
+import jax
+
+from molmo2_jax import files
+
+
+def say(workdir: str | os.PathLike, status: str, reason: str = "") -> None:
+    """Writes what this process has come to."""
+    files.write_json(files.path(workdir) / "hosts" / f"{jax.process_index()}.json", {
+        "status": status, "reason": reason, "host": socket.gethostname(), "pid": os.getpid(),
+        "processes": jax.process_count(), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")})
+
+
+@contextlib.contextmanager
+def spoken(workdir: str | os.PathLike):
+    """Says "running" and then, whatever ends the block, what it was."""
+    say(workdir, "running")
+    try:
+        yield
+    except SystemExit as end:
+        kind = "failed" if isinstance(end.code, str) else "stopped" if end.code else "finished"
+        say(workdir, kind, f"exit status {end.code}" if kind == "stopped" else end.code or "")
+        raise
+    except BaseException as error:
+        say(workdir, "failed", "".join(traceback.format_exception(error)))
+        raise
+    say(workdir, "finished")

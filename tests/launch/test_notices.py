@@ -1,0 +1,52 @@
+"""What the cloud announces reaches the run as a signal, once."""
+
+import http.server
+import threading
+
+import pytest
+
+from launch import notices
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """Serves a machine's metadata: quiet for two questions, then the values that a test sets."""
+    values, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            key = self.path.partition("?")[0].rpartition("/")[2]
+            asked.append((key, self.path, self.headers["Metadata-Flavor"]))
+            quiet = {"maintenance-event": "NONE", "preempted": "FALSE"}[key]
+            late = sum(name == key for name, *_ in asked) > 2
+            if late and key not in values:
+                closing.wait(30)  # nothing changes, so the server does not answer
+            self.send_response(200)
+            self.send_header("ETag", "abc")
+            self.end_headers()
+            self.wfile.write((values[key] if late and key in values else quiet).encode())
+
+        def log_message(self, *_):
+            pass
+
+    closing = threading.Event()
+    server = http.server.ThreadingHTTPServer(("localhost", 0), Handler)
+    monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield values, asked
+    closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"), ("preempted", "TRUE")])
+def test_a_notice_makes_one_signal(key, value, metadata, capfd):
+    values, asked = metadata
+    values[key] = value
+    acted = threading.Semaphore(0)
+    notices.listen(acted.release)
+    assert acted.acquire(timeout=60) and not acted.acquire(timeout=0.2)
+    assert f"the machine's {key} is {value}" in capfd.readouterr().err
+    paths = [path for name, path, flavour in asked if name == key and flavour == "Google"]
+    assert len(paths) == 3 and "last_etag=0" in paths[0] and "last_etag=abc" in paths[1]

@@ -1,0 +1,100 @@
+"""A work directory may lie in a bucket: here one in memory stands in for it."""
+
+import json
+import logging
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations import memory
+from orbax.checkpoint._src.path import gcs_utils
+
+from launch import record
+from molmo2_jax import checkpoint
+from molmo2_jax import files
+from molmo2_jax import goodput
+from molmo2_jax import guard
+from molmo2_jax import last_words
+from molmo2_jax import metrics
+from tests import tiny
+
+
+class Bucket(memory.MemoryFileSystem):
+    """Names objects as a bucket does."""
+    protocol = ("gs", "gcs")
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("gs://"))
+
+    def glob(self, path, **options):
+        return [found.lstrip("/") for found in super().glob(path, **options)]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    # Orbax would ask the cloud whether the bucket has real folders.
+    monkeypatch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    Bucket.store.clear()
+    Bucket.pseudo_dirs[:] = [""]
+    files.path("gs://bucket/run").mkdir(parents=True)
+    yield "gs://bucket/run"
+    fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
+
+
+def test_paths_here_become_absolute_and_others_stay(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert str(files.path("run")) == str(tmp_path / "run")
+    assert str(files.path("gs://bucket/run") / "1") == "gs://bucket/run/1"
+    assert files.is_remote("gs://bucket") and not files.is_remote("/tmp/a")
+
+
+def test_metrics_in_a_bucket_are_copied_and_go_on(bucket):
+    writer = metrics.Writer(bucket, 1)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": step / 7})
+    assert metrics.read(f"{bucket}/metrics.jsonl") == []
+    writer.publish()
+    assert [line["step"] for line in metrics.read(f"{bucket}/metrics.jsonl")] == [1, 2, 3]
+    writer.close()
+    again = metrics.Writer(bucket, 3)
+    again.write(3, {"loss": 3.0})
+    again.close()
+    assert metrics.read(f"{bucket}/metrics.jsonl") == [
+        {"step": 1, "loss": 1 / 7}, {"step": 2, "loss": 2 / 7}, {"step": 3, "loss": 3.0}]
+    assert len(list((files.path(bucket) / "tensorboard").iterdir())) == 2
+
+
+def test_accounts_and_evidence_may_lie_in_a_bucket(bucket):
+    time = goodput.Goodput(bucket, goodput.Devices())
+    time.saved(4)
+    assert "4" in json.loads((files.path(bucket) / goodput.NAME).read_text())["productive_at"]
+    last_words.say(bucket, "failed", "why")
+    assert json.loads((files.path(bucket) / "hosts" / "0.json").read_text())["reason"] == "why"
+    with pytest.raises(guard.Divergence, match="gs://bucket/run/evidence/step_3"):
+        guard.Guard(bucket, 0, None).check(3, {"loss": np.nan}, tiny.batch(0))
+    kept = guard.load(f"{bucket}/evidence/step_3/host_0.npz")
+    np.testing.assert_array_equal(kept.tokens, tiny.batch(0).tokens)
+
+
+def test_settings_in_a_bucket_are_kept_when_they_change(bucket):
+    assert record.save(bucket, "a = 1\n") == []
+    assert record.save(bucket, "a = 2\n") == ["- a = 1", "+ a = 2"]
+    names = {path.name for path in files.path(bucket).iterdir()}
+    assert {"config.gin", "config.gin.1"} <= names
+
+
+def test_the_complete_steps_of_a_bucket_are_found_and_others_named(bucket, caplog):
+    for step, items in ((3, ("state", "data", "sums")), (6, ("state", "sums"))):
+        for item in items:
+            folder = files.path(bucket) / "checkpoints" / str(step) / item
+            folder.mkdir(parents=True)
+            (folder / "file").write_text("x")
+        (files.path(bucket) / "checkpoints" / str(step) / "commit_success.txt").write_text("done")
+    manager = checkpoint.Manager(bucket)
+    with caplog.at_level(logging.WARNING):
+        assert manager.steps() == [3]
+    assert "checkpoint 6 is incomplete" in caplog.text
+    manager.close()
