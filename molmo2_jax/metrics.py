@@ -58,7 +58,7 @@ class Writer:
         partial.replace(self._folder / NAME)
         self._file = open(self._folder / NAME, "a", buffering=1)  # noqa: SIM115, closed by close()
         self._board = _open_board(str(self._folder / "tensorboard"), first_step)
-        self._wandb = _wandb_run(workdir) if importlib.util.find_spec("wandb") else None
+        self._wandb = _wandb_run(workdir) if _has_wandb() else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -80,6 +80,11 @@ class Writer:
             self._here.cleanup()
         if self._wandb:
             self._wandb.finish()
+
+
+def _has_wandb() -> bool:
+    spec = importlib.util.find_spec("wandb")
+    return spec is not None and spec.origin is not None  # a folder of that name is found too, as a namespace
 
 
 def _wandb_run(workdir):
@@ -118,7 +123,7 @@ class Progress:
         """Advances one step; returns the smoothed rates. `note` ends the line."""
         now = time.monotonic()
         seconds, self._last = max(now - self._last, 1e-6), now
-        for name in counts.keys() & {"examples", "tokens", "flops"}:
+        for name in [name for name in ("examples", "tokens", "flops") if name in counts]:
             rate = counts[name] / seconds
             self._rates[name] = 0.95 * self._rates.get(name, rate) + 0.05 * rate
         self._bar.set_postfix_str(

@@ -68,7 +68,7 @@ class Wandb:
     ({}, "offline"), ({"WANDB_API_KEY": "1"}, "online"), ({"WANDB_MODE": "disabled"}, "disabled")])
 def test_wandb_gets_every_line_where_it_is_installed(environment, mode, tmp_path, monkeypatch):
     stub = Wandb()
-    stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    stub.__spec__ = importlib.machinery.ModuleSpec("wandb", None, origin="here")
     monkeypatch.setitem(sys.modules, "wandb", stub)
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
