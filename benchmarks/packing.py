@@ -149,9 +149,8 @@ class _Timed:
     rule: packers.Rule
     times: list[float] = dataclasses.field(default_factory=list)
 
-    @property
-    def buffer(self) -> int:
-        return self.rule.buffer
+    def is_ready(self, *args) -> bool:
+        return self.rule.is_ready(*args)
 
     def stands_alone(self, *args) -> bool:
         return self.rule.stands_alone(*args)

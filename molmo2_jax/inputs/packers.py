@@ -135,14 +135,13 @@ class OldestFirst:
                     for need in needs]
             return ((1 << (int(left[0] * size) + 1) * width) - 1) & at_most[int(left[1] * max_crops)]
 
-        costs = [t * width + c for t, c in zip(steps, crops, strict=True)]
         first = int(waits[0] >= self.max_wait)
-        full = size * width + max_crops - (costs[0] if first else 0)
+        full = size * width + max_crops - (steps[0] * width + crops[0] if first else 0)
         goal, widening, reached, before = good(1.0), 1.0, 1 << full, []
-        for place in range(first, len(costs)):
+        for place in range(first, len(steps)):
             before.append(reached)
             fitting = reached & at_least[crops[place]] if crops[place] else reached
-            reached |= fitting >> costs[place]  # what lacks the tokens falls off the end
+            reached |= fitting >> steps[place] * width + crops[place]  # what lacks tokens falls off the end
             if place % 8 == 7:
                 if reached & goal:
                     break
@@ -153,7 +152,8 @@ class OldestFirst:
             goal = good(widening)
         hits = reached & goal
         left = (hits & -hits).bit_length() - 1  # fewest tokens, then fewest crops
-        return list(range(first)) + _trace(left, full, before, costs[first:], first)
+        costs = [t * width + c for t, c in zip(steps[first:], crops[first:len(before) + first])]
+        return list(range(first)) + _trace(left, full, before, costs, first)
 
 
 def _require(is_right: bool, rule: str, value) -> None:
