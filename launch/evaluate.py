@@ -7,6 +7,7 @@ with --gin, for example --gin='config.InputConfig.max_frames = 8'. The scores ar
 to --output.
 """
 
+import functools
 import json
 import pathlib
 
@@ -36,9 +37,10 @@ def main(arguments: list[str]) -> None:
     source = trained.load(cli.workdir(), cli.bindings())
     answerer = generate.Answerer(source.params, source.model, source.inputs, source.tokenizer,
                                  max_new_tokens=cli.MAX_NEW_TOKENS.value, dtype=cli.DTYPE.value)
+    ask = functools.partial(questions.ask, is_pretraining=source.is_pretraining)
     scores = {}
     for folder, examples in files.items():
-        result = evaluate.evaluate(answerer, examples, questions.ask, questions.score,
+        result = evaluate.evaluate(answerer, examples, ask, questions.score,
                                    rows=_ROWS.value, title=folder)
         scores[folder] = dict(result.scores)
         _show(folder, result)

@@ -15,14 +15,17 @@ from molmo2_jax.inputs import media
 WITHOUT_SCORE = ("caption", "chat")
 
 
-def ask(example: types.Example, view: media.View) -> list[generate.Question]:
+def ask(example: types.Example, view: media.View, *, is_pretraining: bool = False
+        ) -> list[generate.Question]:
     """Returns what the annotations that have a score ask, in plain wording; `about` is the annotation.
+
+    is_pretraining: in the wording of the first stage.
 
     Raises:
       ValueError: an annotation does not fit the media.
     """
     found = formats.format_example(example, frames_or_sizes=view, rng=np.random.default_rng(0),
-                                   train=False)
+                                   train=False, is_pretraining=is_pretraining)
     pairs = zip(found.branches, (example.annotations[number] for number in found.annotations),
                 strict=True)
     return [generate.Question(turns=branch.turns[:-1], about=annotation)

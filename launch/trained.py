@@ -23,13 +23,15 @@ from molmo2_jax.model import molmo2
 class Trained(NamedTuple):
     """All that is needed to answer questions. `params` is the parameter tree, without boxes.
 
-    `code` is where the remote code lies that a Hugging Face folder came with, if it did.
+    `code` is where the remote code lies that a Hugging Face folder came with, if it did. `is_pretraining`
+    says whether it knows only the questions of the first stage (pipeline.DataConfig.is_pretraining).
     """
     model: config.Molmo2Config
     inputs: config.InputConfig
     tokenizer: tokenizers.Tokenizer
     params: Any
     code: pathlib.Path | None = None
+    is_pretraining: bool = False
 
 
 def load(path: str | pathlib.Path, bindings: Sequence[str] = (), mesh: jax.sharding.Mesh | None = None
@@ -42,10 +44,11 @@ def load(path: str | pathlib.Path, bindings: Sequence[str] = (), mesh: jax.shard
     Raises:
       ValueError: the folder is neither, or what it holds does not fit together.
     """
-    folder = pathlib.Path(path)
+    folder, is_pretraining = pathlib.Path(path), False
     if (folder / record.NAME).is_file():
         run_config = run.resolve([(folder / record.NAME).resolve()], bindings)
         model, inputs = run_config.model, run_config.inputs
+        is_pretraining = run_config.data is not None and run_config.data.is_pretraining
         params = checkpoint.load_params(str(folder), molmo2.Molmo2(model), mesh)
         code = folder / remote_code.NAME
     elif (folder / "config.json").is_file():
@@ -58,7 +61,7 @@ def load(path: str | pathlib.Path, bindings: Sequence[str] = (), mesh: jax.shard
         raise ValueError("a model must be the work directory of a run (with config.gin) or a Hugging "
                          f"Face folder (with config.json); got {folder}")
     tokenizer = tokenizers.Tokenizer.from_file(folder, model.text.vocab_size)
-    return Trained(model, inputs, tokenizer, params, code if code.is_dir() else None)
+    return Trained(model, inputs, tokenizer, params, code if code.is_dir() else None, is_pretraining)
 
 
 def _shardings(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.Sharding]:

@@ -223,5 +223,8 @@ def test_captions_and_chats_are_not_asked(data_folder):
     [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
     asked = questions.ask(example, (SIZE,))
     assert [question.about["type"] for question in asked] == ["points", "choice", "qa"]
+    [label] = {question.about["label"].lower() for question in asked if "label" in question.about}
+    first = questions.ask(example, (SIZE,), is_pretraining=True)[0]  # as a model of the first stage is asked
+    assert first.turns[0] in (f"pointing: {label}", f"point_count: {label}", f"count 65: {label}")
     assert all(isinstance(question, generate_lib.Question) for question in asked)
     assert not questions.ask(types.Example(annotations=(), images=("a.png",)), (SIZE,))
