@@ -1,5 +1,6 @@
 """Attention compiled for TPUs that are not there: it fits, grows with the length, and training picks it."""
 
+import collections
 import functools
 import importlib.util
 import re
@@ -35,6 +36,14 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
 def no_other_process_is_waited_for(monkeypatch):
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # nor for a cloud that is not there
+
+
+@pytest.fixture(autouse=True)
+def programs_for_tpus_are_not_kept():
+    """They cannot be read back where there is no TPU."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 @functools.cache
@@ -106,19 +115,18 @@ FORWARD, BACKWARD = "tree_attention", "tree_attention_gradients"
 
 @needs_libtpu
 def test_training_picks_the_kernel_on_a_tpu_without_a_flag():
-    lowered = lowered_train_step(mesh("v5e:2x2"))
-    assert kernels(lowered) == [FORWARD, FORWARD, BACKWARD]  # once more for remat, in scans over the layers
+    """The rest, with which a flag leaves the decoder, is attention among the patches of a crop."""
+    without_a_flag, with_it = (collections.Counter(kernels(lowered_train_step(mesh("v5e:2x2"), **fields)))
+                               for fields in ({}, {"attention": "blocked"}))
+    assert without_a_flag - with_it == {FORWARD: 2, BACKWARD: 1}  # forward once more for remat
+    assert not with_it - without_a_flag
 
 
 @needs_libtpu
-def test_a_flag_decides_otherwise():
-    assert not kernels(lowered_train_step(mesh("v5e:2x2"), attention="blocked"))
-
-
-@needs_libtpu
-def test_the_compiled_decoder_runs_the_kernel_and_holds_nothing_quadratic():
+def test_the_compiled_decoder_runs_each_kernel_once_and_holds_nothing_quadratic():
+    """Where remat keeps what the forward kernel gave, the compiler drops its second run."""
     length = 4096
-    decoder = text.Decoder(MODEL.text, "bfloat16")
+    decoder = text.Decoder(MODEL.text, "bfloat16", remat="attention")
     place = NamedSharding(mesh("v5e:2x2"), PartitionSpec())
     array = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     integers = np.zeros((1, length), np.int32)
@@ -131,8 +139,8 @@ def test_the_compiled_decoder_runs_the_kernel_and_holds_nothing_quadratic():
 
     with jax.set_mesh(mesh("v5e:2x2")):
         lowered = jax.jit(jax.grad(loss)).lower(params, *jax.tree.map(array, inputs))
-    assert kernels(lowered) == [FORWARD, FORWARD, BACKWARD]
     compiled = lowered.compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * length ** 2  # scores of one head
 
 
