@@ -1,7 +1,7 @@
 """What a run trains on, as plain data: tasks (one data folder each) and mixtures of them in groups.
 
 `pretrain` and `sft` are the recipe's mixtures, over the data sets that the paper names; schemas.convert makes
-their folders of the published rows.
+their folders of the published rows. Mixtures named after them differ in one thing, for ablations.
 
 A mixture is a tuple of groups. A group has a share of the stream, and divides it among its members by the
 square roots of their sizes unless a member says otherwise. To train on folders of your own no entry is
@@ -12,7 +12,7 @@ Source: paper, section 3.3; reference: launch_scripts/sft.py.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from molmo2_jax import types
 
@@ -251,4 +251,32 @@ MIXTURES: dict[str, Mixture] = {
             *_members(_IMAGE_POINTING, weight=_POINTING, high_res_share=0.3))),
         Group(rate=0.0995, members=_members(["tulu"])),
         Group(rate=0.0005, members=_members(["hardcodes"]))),
+}
+
+
+def _changed(mixture: Mixture, tasks: Collection[str], **fields) -> Mixture:
+    """Returns the mixture with other fields of the members that use `tasks`."""
+    return tuple(dataclasses.replace(group, members=tuple(
+        dataclasses.replace(member, **fields) if member.task in tasks else member
+        for member in group.members)) for group in mixture)
+
+
+def _without(mixture: Mixture, tasks: Collection[str]) -> Mixture:
+    """Returns the mixture without the groups all of whose members use `tasks`, and without those members."""
+    left = [tuple(member for member in group.members if member.task not in tasks) for group in mixture]
+    return tuple(dataclasses.replace(group, members=found)
+                 for group, found in zip(mixture, left, strict=True) if found)
+
+
+# What the paper leaves out of its recipe, or does otherwise, one thing at a time (Tables 8 to 10 and 18).
+_SFT, _PRETRAIN = MIXTURES["sft"], MIXTURES["pretrain"]
+MIXTURES |= {
+    "sft_even_weights": _changed(_SFT, TASKS, weight=types.LossWeight(
+        scale=1.0, by_length=False, by_branches=False)),
+    "sft_counts_as_they_come": _changed(_SFT, _VIDEO_POINT_SHARES, sampling_rate=1.0, root_size_factor=None),
+    "sft_tracks_without_points": _without(_SFT, {*_VIDEO_POINT_SHARES, *_IMAGE_POINTING,
+                                                 "pixmo_multi_points"}),
+    "sft_captions_without_video_qa": _without(_SFT, {"molmo2_cap_qa", "molmo2_subtitle_qa", "molmo2_human_qa",
+                                                     *_VIDEO_SETS}),
+    "pretrain_without_pointing": _without(_PRETRAIN, _IMAGE_POINTING),
 }

@@ -54,6 +54,29 @@ def test_mixtures_name_known_tasks_once():
         tasks.members(twice)
 
 
+def test_mixtures_for_ablations_differ_in_one_thing():
+    def of(name):
+        return {one.task: one for one in tasks.members(tasks.MIXTURES[name])}
+
+    sft, even, counts = of("sft"), of("sft_even_weights"), of("sft_counts_as_they_come")
+    assert even.keys() == sft.keys() == counts.keys()
+    assert {(one.weight.scale, one.weight.by_length, one.weight.by_branches) for one in even.values()} == {
+        (1.0, False, False)}
+    assert {name for name in sft if counts[name] != sft[name]} == {
+        "molmo2_video_point_0_5", "molmo2_video_point_6_25", "molmo2_video_point_26_60",
+        "academic_video_point"}
+    sizes = {name: 900 if "26_60" in name else 90_000 for name in sft}
+    rare = "molmo2_video_point_26_60"
+    upsampled, plain = (tasks.rates(tasks.MIXTURES[name], sizes)[rare]
+                        for name in ("sft", "sft_counts_as_they_come"))
+    assert upsampled == pytest.approx(0.15 / 1.1 * 0.1) and plain == pytest.approx(0.15 / 1.1 * 30 / 930)
+    gone = sft.keys() - of("sft_tracks_without_points").keys()
+    assert {name.rpartition("point")[1] or name for name in gone} == {"point", "pixmo_count"}
+    assert "molmo2_cap" in of("sft_captions_without_video_qa") and not {"molmo2_cap_qa", "tgif"} & set(
+        of("sft_captions_without_video_qa"))
+    assert of("pretrain_without_pointing").keys() == {"pixmo_cap_with_transcripts", "tulu_short"}
+
+
 @pytest.mark.parametrize("make, rule", [
     (lambda: tasks.of_folders(()), "at least one data folder"),
     (lambda: tasks.of_folders(("a", ("b", 0.5))), "either all"),

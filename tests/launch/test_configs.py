@@ -30,6 +30,11 @@ ABLATIONS = {  # file: (base run, {path of a field: (value in the base run, valu
         "data.packer.image_weight": (ABSENT, 30.0), "data.packer.emit_full_crops_alone": (ABSENT, False),
         "data.packer.max_wait": (96, ABSENT), "data.packer.waste": (0.01, ABSENT),
         "data.packer.slack": (0.1, ABSENT), "data.packer.steps": (512, ABSENT)}),
+    **{f"recipe/{name}": ("sft_4b", {"data.train": ("sft", f"sft_{name}")})
+       for name in ("even_weights", "counts_as_they_come", "tracks_without_points",
+                    "captions_without_video_qa")},
+    "recipe/pretrain_without_pointing": ("pretrain_4b", {
+        "data.train": ("pretrain", "pretrain_without_pointing")}),
     "recipe/ask_224_frames": ("sft_8b", {"inputs.max_frames": (128, 224)}),
     "recipe/ask_332_frames_pool_5x5": ("sft_8b", {"model.connector.video_window": ((3, 3), (5, 5)),
                                                   "inputs.max_frames": (128, 332)}),
