@@ -23,7 +23,7 @@ _LARGEST_CELL = 1 << 27
 
 def rows(paths: Sequence[str | os.PathLike], folder: str | os.PathLike,
          ) -> Iterator[dict[str, Any] | ValueError]:
-    """Yields the rows of all files, in order; names may hold wildcards.
+    """Returns the rows of all files, in order; names may hold wildcards.
 
     Args:
       folder: of the task; media inside rows become folder/media/SHA256.SUFFIX.
@@ -31,21 +31,23 @@ def rows(paths: Sequence[str | os.PathLike], folder: str | os.PathLike,
     Raises:
       ValueError: a name matches no file, or ends in none of the known suffixes, or pyarrow is missing.
     """
+    files = []
     for name in paths:
         found = sorted(glob.glob(str(name)))
         if not found:
             raise ValueError(f"{name}: rows must lie in files that exist; found none")
-        for path in found:
-            suffix = pathlib.Path(path).suffix.lower()
-            if suffix not in _READERS:
-                raise ValueError(f"{path}: rows must lie in files {', '.join(_READERS)}; got {suffix!r}")
-            yield from _without_media(_READERS[suffix](path), pathlib.Path(folder))
+        files += [(path, pathlib.Path(path).suffix.lower()) for path in found]
+    for path, suffix in files:
+        if suffix not in _READERS:
+            raise ValueError(f"{path}: rows must lie in files {', '.join(_READERS)}; got {suffix!r}")
+    return _rows(files, pathlib.Path(folder))
 
 
-def _without_media(found: Iterator, folder: pathlib.Path) -> Iterator[dict[str, Any] | ValueError]:
-    for row in found:
-        yield row if isinstance(row, ValueError) else {
-            name: _in_file(value, folder) for name, value in row.items()}
+def _rows(files: Sequence[tuple[str, str]], folder: pathlib.Path) -> Iterator[dict[str, Any] | ValueError]:
+    for path, suffix in files:
+        for row in _READERS[suffix](path):
+            yield row if isinstance(row, ValueError) else {
+                name: _in_file(value, folder) for name, value in row.items()}
 
 
 def _in_file(value, folder: pathlib.Path):

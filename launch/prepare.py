@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError("--published must name at least one file of rows")
     task = tasks.TASKS[_TASK.value]
     folder = pathlib.Path(cli.OUTPUT.value or task.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = published.rows(_PUBLISHED.value, folder)
+    folder.mkdir(parents=True, exist_ok=True)
     number, errors = schemas.convert(task.schema, rows, folder, **dict(task.how))
     (folder / "left_out.txt").write_text("".join(f"{error}\n" for error in errors), encoding="utf-8")
     print(f"{folder / 'annotations.jsonl'}: {number} records; left out: {len(errors)} rows, records or "

@@ -72,7 +72,8 @@ SCHEMAS: dict[str, Schema] = {
 
 def convert(schema: str, rows: Iterable[Row | ValueError], folder: str | os.PathLike, **how
             ) -> tuple[int, list[ValueError]]:
-    """Writes folder/annotations.jsonl; returns the number of records in it and why others were left out.
+    """Writes folder/annotations.jsonl, whole or not at all; returns its number of records and why others are
+    left out.
 
     Media must be in the folder already: a record whose media are missing is left out. So is a row that does
     not fit the schema, and an annotation that does not fit the format; others of the same media stay. A row
@@ -84,19 +85,21 @@ def convert(schema: str, rows: Iterable[Row | ValueError], folder: str | os.Path
     """
     if schema not in SCHEMAS:
         raise ValueError(f"a schema must be one of {', '.join(SCHEMAS)}; got {schema!r}")
-    folder, number, errors = pathlib.Path(folder), 0, []
+    folder, number, errors, unfit = pathlib.Path(folder), 0, [], []
     if "media_folder" in how:  # is meant within the folder
         how = how | {"media_folder": folder / how["media_folder"]}
     make = functools.partial(SCHEMAS[schema].records, **how)
-    unfit = []
-    with open(folder / "annotations.jsonl", "w", encoding="utf-8") as file:
+    part = folder / "annotations.jsonl.part"
+    with open(part, "w", encoding="utf-8") as file:
         for group in _groups(schema, rows, errors, unfit):
             for record in _records(make, group, schema, unfit):
                 for kept in _checked(record, folder, errors):
                     file.write(json.dumps(kept, ensure_ascii=False) + "\n")
                     number += 1
     if unfit and not number and not errors:
+        part.unlink()
         raise unfit[0]
+    os.replace(part, folder / "annotations.jsonl")
     return number, unfit + errors
 
 

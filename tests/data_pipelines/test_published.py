@@ -62,10 +62,10 @@ def test_what_cannot_be_read_is_an_error_in_its_place(tmp_path):
 
 def test_names_that_match_nothing_are_refused(tmp_path):
     with pytest.raises(ValueError, match="must lie in files that exist; found none"):
-        list(published.rows([tmp_path / "*.parquet"], tmp_path))
+        published.rows([tmp_path / "*.parquet"], tmp_path)  # before any row is asked for
     (tmp_path / "a.xml").touch()
     with pytest.raises(ValueError, match=r"must lie in files .parquet, .jsonl.*; got '.xml'"):
-        list(published.rows([tmp_path / "a.xml"], tmp_path))
+        published.rows([tmp_path / "a.xml"], tmp_path)
 
 
 def test_a_task_is_prepared_at_the_command_line(tmp_path):

@@ -203,6 +203,10 @@ def test_records_without_media_are_left_out_and_named(folder):
     assert number == 0 and "media/gone.mp4" in str(error)
     with pytest.raises(ValueError, match="must have the column 'label'"):
         schemas.convert("label", [{"video_id": "v"}], folder)
+    schemas.convert("label", [{"video_id": "v", "label": "x"}], folder)
+    with pytest.raises(ValueError, match="must have the column 'label'"):
+        schemas.convert("label", [{"video_id": "v"}], folder)
+    assert len(sources.read_jsonl(folder / "annotations.jsonl")) == 1  # what was there stays
     with pytest.raises(ValueError, match="a schema must be one of"):
         schemas.convert("labels", [], folder)
 
