@@ -46,7 +46,7 @@ _EXTRAS = {
         "torch==2.13.0",
         "transformers==5.23.0",
     ],
-    "tpu": ["jax[tpu]>=0.10,<0.11"],
+    "tpu": ["gcsfs>=2024.2", "jax[tpu]>=0.10,<0.11"],
     "parquet": ["pyarrow>=18,<27"],
     "seqio": ["seqio>=0.0.20,<0.1"],
     "demo": ["gradio>=5,<7"],

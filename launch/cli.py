@@ -17,6 +17,7 @@ from absl import logging
 
 from launch import record
 from launch import run
+from molmo2_jax import files
 
 _GIN_FILE = flags.DEFINE_multi_string(
     "gin_file", [], "File that describes the run, relative to the root of the repository; may be "
@@ -52,7 +53,8 @@ def workdir(default: pathlib.Path | None = None) -> pathlib.Path:
     """Returns --workdir or the default. Raises ValueError if there is neither."""
     if not (_WORKDIR.value or default):
         raise ValueError("--workdir must name the folder of the run")
-    return pathlib.Path(_WORKDIR.value or default)
+    given = _WORKDIR.value or default
+    return files.path(given) if files.is_remote(given) else pathlib.Path(given)
 
 
 def bindings() -> list[str]:

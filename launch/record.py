@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from molmo2_jax import files
+
 NAME = "config.gin"  # in a work directory
 
 
@@ -41,7 +43,7 @@ def save(workdir: str | pathlib.Path, text: str) -> list[str]:
 
     A record that differs is kept beside it, as config.gin.1, config.gin.2, ...
     """
-    path = pathlib.Path(workdir) / NAME
+    path = files.path(workdir) / NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text(encoding="utf-8") if path.exists() else text
     if before != text:

@@ -5,14 +5,18 @@
 Ctrl-C and SIGTERM save and end the run with status 75; the same command continues it with the next
 batch. The work directory receives checkpoints, metrics.jsonl, TensorBoard files, the tokenizer and
 config.gin, the record of every setting. Paths in flags are relative to the current folder, paths in
-configurations to the root of the repository.
+configurations to the root of the repository. hosts/<index>.json says how each process ended; SIGUSR1 makes
+one print where all its threads stand. docs/training.md tells what else a run writes and watches.
 """
 
 import contextlib
 import dataclasses
+import faulthandler
 import json
 import pathlib
+import signal
 import sys
+import tempfile
 
 import jax
 from absl import flags
@@ -20,30 +24,60 @@ from absl import flags
 from data_pipelines import pipeline
 from launch import cli
 from launch import hosts
+from launch import notices
 from launch import record
 from launch import run
 from launch import trained
+from molmo2_jax import files
+from molmo2_jax import guard
+from molmo2_jax import last_words
+from molmo2_jax import profiling
 from molmo2_jax import sharding
 from molmo2_jax import train
 from molmo2_jax.hf import remote_code
 from molmo2_jax.inputs import tokenizer as tokenizers
 
-_INIT_FROM = flags.DEFINE_string(
+INIT_FROM = flags.DEFINE_string(
     "init_from", None, "Work directory or Hugging Face folder whose weights the first step starts from.")
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps", None, "FIRST:LAST steps to record into <workdir>/profile, for TensorBoard or Perfetto.")
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache", "~/.cache/molmo2_jax/programs", "Folder of compiled programs, also gs://...; a run "
+    "that goes on then need not compile again. Empty: none. JAX_COMPILATION_CACHE_DIR wins over it.")
 for _name in ("gin_file", "gin", "workdir", "traceback"):
     flags.declare_key_flag(_name)
 
 
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
-    config, workdir = cli.resolve("tokenizer", "data", "optim", "train"), cli.workdir().absolute()
+    config, workdir = cli.resolve("tokenizer", "data", "optim", "train"), files.path(cli.workdir())
+    profile = profiling.parse(_PROFILE_STEPS.value)
     hosts.join()
-    if not fit(config, workdir, _first_params(config)).finished:
-        print("the same command continues")
-        sys.exit(cli.UNFINISHED)
+    _keep_programs()
+    if jax.default_backend() == "tpu":
+        notices.listen()
+    faulthandler.enable(sys.__stderr__)
+    faulthandler.register(signal.SIGUSR1, sys.__stderr__)
+    with last_words.spoken(workdir):
+        try:
+            finished = fit(config, workdir, first_params(config, INIT_FROM.value, workdir), profile).finished
+        except guard.Divergence as error:
+            sys.exit(f"error: {error}")
+        if not finished:
+            print("the same command continues")
+            sys.exit(cli.UNFINISHED)
 
 
-def fit(config: run.RunConfig, workdir: pathlib.Path, params=None) -> train.Result:
+def _keep_programs() -> None:
+    """Makes jax keep programs that took a second or more to compile, and read them back."""
+    if _COMPILATION_CACHE.value and not jax.config.jax_compilation_cache_dir:
+        folder = _COMPILATION_CACHE.value
+        folder = folder if files.is_remote(folder) else str(pathlib.Path(folder).expanduser())
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def fit(config: run.RunConfig, workdir: pathlib.Path, params=None,
+        profile: tuple[int, int] | None = None) -> train.Result:
     """Trains what a RunConfig describes, or goes on with it, and returns what molmo2_jax.train.fit does.
 
     `params` is where to start, if not from scratch. The work directory (absolute) also receives the
@@ -57,26 +91,32 @@ def fit(config: run.RunConfig, workdir: pathlib.Path, params=None) -> train.Resu
                                          shard_index=share, shard_count=shares)
         sharding.check_batch(mesh, config.data.batch_rows, config.data.row_tokens)
         if jax.process_index() == 0:
-            tokenizer.save(workdir)
+            with tempfile.TemporaryDirectory() as folder:
+                tokenizer.save(folder)
+                files.copy(files.path(folder), workdir)
             for line in record.save(workdir, record.gin_text(config)):
                 print(f"setting changed since the last start: {line}")
         with contextlib.closing(batches):
-            result = train.fit(
-                model_config=config.model, config=config.train, optimiser=config.optim,
-                mesh=mesh, batches=batches, workdir=str(workdir), params=params)
+            try:
+                result = train.fit(model_config=config.model, config=config.train, optimiser=config.optim,
+                                   mesh=mesh, batches=batches, workdir=str(workdir), params=params,
+                                   profile=profile)
+            except guard.Divergence as error:
+                _write_texts(tokenizer, files.path(error.folder))
+                raise
             _report(workdir, result, batches.counters())
     return result
 
 
-def _first_params(config: run.RunConfig):
-    """Returns the parameters of --init_from, or None to start from scratch."""
-    if not _INIT_FROM.value:
+def first_params(config: run.RunConfig, start: str | None, workdir: pathlib.Path):
+    """Returns the parameters of `start`, a work directory or Hugging Face folder; None for None."""
+    if not start:
         return None
-    source = trained.load(_INIT_FROM.value, mesh=sharding.make_mesh(config.mesh))
+    source = trained.load(start, mesh=sharding.make_mesh(config.mesh))
     wanted, got = (_sizes(dataclasses.asdict(model)) for model in (config.model, source.model))
     if wanted != got:
         raise ValueError(f"--init_from must hold a model of the sizes of this run, {wanted}; got {got}")
-    remote_code.write(remote_code.read(source.code), cli.workdir() / remote_code.NAME)
+    remote_code.write(remote_code.read(source.code), workdir / remote_code.NAME)
     return source.params
 
 
@@ -85,6 +125,20 @@ def _sizes(values: dict) -> dict:
     free = ("init_std", "embedding_init_std", "position_init_std", "max_positions", "visual_attention")
     return {name: _sizes(value) if isinstance(value, dict) else value
             for name, value in values.items() if name not in free}
+
+
+def _write_texts(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> None:
+    """Writes what this host's rows of a kept batch say beside them."""
+    name = f"host_{jax.process_index()}"
+    batch = guard.load(folder / f"{name}.npz")
+    texts = []
+    for row in range(len(batch.tokens)):
+        for place in sorted(set(zip(batch.example[row].tolist(), batch.branch[row].tolist())) - {(-1, -1)}):
+            example, branch = place
+            tokens = batch.tokens[row][(batch.example[row] == example) & (batch.branch[row] == branch)]
+            kind = "root" if branch < 0 else f"branch {branch}"
+            texts.append(f"row {row}, example {example}, {kind}:\n{tokenizer.decode(tokens)}\n")
+    (folder / f"{name}.txt").write_text("\n".join(texts), encoding="utf-8")
 
 
 def _report(workdir: pathlib.Path, result: train.Result, counters: dict) -> None:

@@ -1,14 +1,13 @@
 """Train state and data position, saved together and taken back together, on Orbax.
 
 A work directory holds `checkpoints/<step>/{state,data,sums}`: `state` through TensorStore, `data` the
-position of the loader, one file per process, `sums` a checksum of every array: storage alone hands out a
-changed byte without a word. A step counts only when state and data are complete.
+position of the loader, one file per process with a checksum beside it, `sums` a checksum of every array:
+storage alone hands out a changed byte without a word. A step counts only when all three are there.
 """
 
 import dataclasses
 import json
-import os
-import shutil
+import zlib
 
 import grain
 import jax
@@ -17,6 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from molmo2_jax import files
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
 from molmo2_jax.model import molmo2
@@ -27,6 +27,11 @@ class _DataHandler(grain.checkpoint.CheckpointHandler):
 
     For the latter, iterators have `set_states`, which takes the states of all processes.
     """
+
+    def save(self, directory, item=None, args=None):
+        super().save(directory, item, args)
+        own = directory / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        own.with_suffix(".crc32").write_text(_crc(own))
 
     def restore(self, directory, item=None, args=None):
         item = item or args.item
@@ -50,22 +55,39 @@ class _DataRestore(grain.checkpoint.CheckpointRestore):
     pass
 
 
+def _crc(path) -> str:
+    return f"{zlib.crc32(path.read_bytes()):08x}"
+
+
+def _damage_of_data(directory) -> str:
+    """Returns what is wrong with the positions of all processes in a step, "" if nothing is."""
+    found = {path.name: path for path in directory.glob("process_*-of-*.json")}
+    counts = {name.removesuffix(".json").rpartition("-of-")[2] for name in found}
+    wanted = {f"process_{index}-of-{count}.json" for count in counts for index in range(int(count))}
+    if len(counts) != 1 or wanted != set(found):
+        return f"there are data positions {sorted(found)}, not those of all processes"
+    for name, path in found.items():
+        sum_file = path.with_suffix(".crc32")
+        if sum_file.exists() and sum_file.read_text() != _crc(path):
+            return f"it holds another data position than was saved in {name}"
+    return ""
+
+
 class Manager:
     """Saves and restores TrainState and a grain iterator under `<workdir>/checkpoints`."""
 
     def __init__(self, workdir: str, keep: int = 1):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+        self._folder = files.path(workdir) / "checkpoints"
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": _DataHandler(),
                     "sums": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
-    def steps(self, items: tuple[str, ...] = ("state", "data")) -> list[int]:
+    def steps(self, items: tuple[str, ...] = ("state", "data", "sums")) -> list[int]:
         """Returns the steps that hold all `items`, oldest first; others are reported and passed over."""
         complete = []
         for step in sorted(self._manager.all_steps()):
-            missing = [item for item in items
-                       if not _has_content(os.path.join(self._folder, str(step), item))]
+            missing = [item for item in items if not files.has_content(self._folder / str(step) / item)]
             if missing:
                 logging.warning("checkpoint %d is incomplete, passing it over: no %s", step, missing)
             else:
@@ -100,6 +122,10 @@ class Manager:
         target = _storable_shapes(abstract)
         steps = self.steps()
         for step in reversed(steps):
+            damage = _damage_of_data(self._folder / str(step) / "data")
+            if damage:
+                logging.error("checkpoint %d cannot be read, trying the one before: %s", step, damage)
+                continue
             tree = self._read(step, target)
             if tree is not None:
                 self._manager.restore(step, args=ocp.args.Composite(
@@ -107,19 +133,20 @@ class Manager:
                 logging.info("restored step %d from %s", step, self._folder)
                 self._set_aside_after(step)
                 return _from_storable(tree)
-        if steps:
+        damaged = [step for step in sorted(self._manager.all_steps()) if step]
+        if steps or damaged:
             raise ValueError("a run can only go on from a checkpoint that can be read; got none among "
-                             f"{steps} in {self._folder} (move that folder away to start anew)")
-        self._set_aside_after(0)
+                             f"{damaged or steps} in {self._folder} (move that folder away to start anew)")
         return None
 
     def _set_aside_after(self, step):
         for damaged in [one for one in self._manager.all_steps() if one > step]:
-            path = os.path.join(self._folder, str(damaged))
+            aside = self._folder / f"{damaged}.damaged"
             if jax.process_index() == 0:
-                shutil.rmtree(path + ".damaged", ignore_errors=True)
-                os.rename(path, path + ".damaged")
-            logging.error("set aside %s", path + ".damaged")
+                if aside.exists():
+                    aside.rmtree()
+                (self._folder / str(damaged)).rename(aside)
+            logging.error("set aside %s", aside)
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._manager.reload()
 
@@ -148,7 +175,7 @@ class Manager:
         if wrong:
             raise ValueError(f"checkpoint {step} must fit this run; got {len(wrong)} differences:\n  "
                              + "\n  ".join(wrong[:40]))
-        has_sums = _has_content(os.path.join(self._folder, str(step), "sums"))
+        has_sums = files.has_content(self._folder / str(step) / "sums")
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(
                 state=ocp.args.PyTreeRestore(
@@ -189,7 +216,7 @@ def load_params(workdir: str, model: molmo2.Molmo2, mesh=None):
     Raises:
       ValueError: there are none, or they do not have the model's shapes.
     """
-    if not os.path.isdir(os.path.join(workdir, "checkpoints")):
+    if not (files.path(workdir) / "checkpoints").is_dir():
         raise ValueError(f"a work directory must hold a checkpoint to load; got none in {workdir}")
     manager = Manager(workdir)
     try:
@@ -223,10 +250,6 @@ def _sums(tree):
 
 def _checksums(tree) -> dict[str, int]:
     return {path: int(value) for path, value in _sums(_named(tree)).items()}
-
-
-def _has_content(folder):
-    return os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def _storable(train_state):

@@ -71,9 +71,12 @@ def _like_parameters(opt_state, params, otherwise):
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
-def create(model, tx: optax.GradientTransformation, mesh, seed: int, params=None) -> TrainState:
-    """Returns the state of step 0, placed on the mesh; from scratch, or around given parameters."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract(model, tx, mesh))
+def create(model, tx: optax.GradientTransformation, mesh, seed: int, params=None, layout=None) -> TrainState:
+    """Returns the state of step 0, placed on the mesh; from scratch, or around given parameters.
+
+    `layout`: the shardings of `abstract`, where they are known already.
+    """
+    layout = layout or jax.tree.map(lambda x: x.sharding, abstract(model, tx, mesh))
 
     def fresh(key, given):
         init_key, run_key = jax.random.split(key)
@@ -82,4 +85,4 @@ def create(model, tx: optax.GradientTransformation, mesh, seed: int, params=None
 
     # Fully optimised, the many small draws take XLA 20 s of a CPU to compile, for a program that runs once.
     options = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
-    return jax.jit(fresh, out_shardings=shardings, compiler_options=options)(jax.random.key(seed), params)
+    return jax.jit(fresh, out_shardings=layout, compiler_options=options)(jax.random.key(seed), params)

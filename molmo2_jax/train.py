@@ -3,9 +3,9 @@
 Source: paper, section 3.3; reference: olmo/train/trainer.py.
 """
 
+import contextlib
 import dataclasses
 import functools
-import math
 import signal
 import threading
 from typing import Any
@@ -18,8 +18,8 @@ from jax.experimental import multihost_utils
 
 from molmo2_jax import checkpoint
 from molmo2_jax import loss
-from molmo2_jax import metrics
 from molmo2_jax import optim
+from molmo2_jax import report as report_lib
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
 from molmo2_jax.model import molmo2
@@ -40,10 +40,14 @@ class TrainConfig:
     log_every: int = 20
     save_every: int = 2000
     keep: int = 1
+    spike: float | None = None         # deviations above the usual loss at which to stop, see guard.Guard
+    hang_seconds: float = 1800.0       # without a step, compiling included, after which a process ends itself
 
     def __post_init__(self):
         if min(self.steps, self.log_every, self.save_every, self.keep, self.loss_chunk) < 1:
             raise ValueError(f"steps, log_every, save_every, keep and loss_chunk must be >= 1; got {self}")
+        if self.hang_seconds <= 0 or (self.spike is not None and self.spike <= 0):
+            raise ValueError(f"hang_seconds and spike must be > 0; got {self.hang_seconds}, {self.spike}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}")
 
@@ -121,77 +125,50 @@ class Result:
 
 
 def fit(*, model_config, config: TrainConfig, optimiser: optim.OptimConfig, mesh: jax.sharding.Mesh,
-        batches: Any, workdir: str, params=None, quiet: bool = False) -> Result:
+        batches: Any, workdir: str, params=None, quiet: bool = False,
+        profile: tuple[int, int] | None = None) -> Result:
     """Trains to `config.steps`, continuing from the newest checkpoint in `workdir` if there is one.
 
     Args:
       batches: iterator of host types.Batch with get_state/set_state (a grain iterator), this process's rows.
       params: where to start instead of from scratch, when there is no checkpoint.
+      profile: first and last step of which to record a profile, in `workdir`/profile.
 
     Raises:
-      FloatingPointError: the loss or a gradient is not finite; the step is named, and nothing is saved over
-        older ones.
+      guard.Divergence: the loss or a gradient is not finite, or the loss leapt; the step is named, its batch
+        kept, and nothing is saved over older checkpoints.
     """
     model = molmo2.Molmo2(model_config, config.dtype, config.remat, config.attention)
     tx = optim.make(optimiser, config.steps)
     manager = checkpoint.Manager(workdir, config.keep)
-    with jax.set_mesh(mesh), StopRequest() as stop:
-        try:
-            abstract = state_lib.abstract(model, tx, mesh)
+    with (contextlib.closing(manager), jax.set_mesh(mesh), StopRequest() as stop,
+          report_lib.Report(workdir, mesh, model_config, config, quiet, profile) as report):
+        abstract = state_lib.abstract(model, tx, mesh)
+        layout = jax.tree.map(lambda x: x.sharding, abstract)
+        with report.during("checkpoint"):
             state = manager.restore(abstract, batches)
-            if state is None:
-                state = state_lib.create(model, tx, mesh, config.seed, params)
-            first = int(state.step)
-            if first and not quiet and jax.process_index() == 0:
-                print(f"going on behind step {first} of {workdir}")
-            layout = jax.tree.map(lambda x: x.sharding, abstract)
-            step_fn = jax.jit(functools.partial(train_step, model, tx, config), donate_argnums=0,
-                              out_shardings=(layout, None))
-            report = _Report(workdir, first, config, quiet)
-            for step in range(first + 1, config.steps + 1):
+        if state is None:
+            state = state_lib.create(model, tx, mesh, config.seed, params, layout)
+        first = int(state.step)
+        report.begin(first)
+        step_fn = jax.jit(functools.partial(train_step, model, tx, config), donate_argnums=0,
+                          out_shardings=(layout, None))
+        for step in range(first + 1, config.steps + 1):
+            report.before(step, state)
+            with report.during("data"):
                 batch = next(batches)
-                state, measured = step_fn(state, sharding.put(batch, mesh))
-                report.previous()  # of the step before, while this one runs
-                report.later(step, batch, measured)
-                stops = stop.at(step)
-                if step % config.save_every == 0 or step == config.steps or stops:
-                    report.previous()
+            state, measured = step_fn(state, sharding.put(batch, mesh))
+            report.step(step, batch, measured)
+            stops = stop.at(step)
+            if step % config.save_every == 0 or step == config.steps or stops:
+                report.previous()
+                with report.during("checkpoint"):
                     manager.save(step, state, batches)
-                if stops:
-                    break
-            report.close()
+                report.saved(step)
+            if stops:
+                break
+        report.previous()
+        with report.during("checkpoint"):
             manager.wait()
-            return Result(state, int(state.step) >= config.steps, step_fn._cache_size())
-        finally:
-            manager.close()
-
-
-class _Report:
-    """Writes the metrics of a step once they are ready."""
-
-    def __init__(self, workdir, first, config, quiet):
-        is_first_host = jax.process_index() == 0
-        self._writer = metrics.Writer(workdir, first + 1) if is_first_host else None
-        self._progress = metrics.Progress(first, config.steps, disable=quiet or not is_first_host)
-        self._every, self._last = config.log_every, config.steps
-        self._waiting = None
-
-    def later(self, step, batch, measured):
-        self._waiting = step, metrics.batch_counts(batch), measured
-
-    def previous(self):
-        if self._waiting is None:
-            return
-        (step, counts, measured), self._waiting = self._waiting, None
-        values = {name: float(value) for name, value in measured.items()}
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(f"loss and gradients of step {step} must be finite; got {values}")
-        rates = self._progress.update(counts, values["loss"])
-        if self._writer and (step % self._every == 0 or step in (1, self._last)):
-            self._writer.write(step, {**values, **counts, **rates})
-
-    def close(self):
-        self.previous()
-        self._progress.close()
-        if self._writer:
-            self._writer.close()
+        report.end()
+        return Result(state, int(state.step) >= config.steps, step_fn._cache_size())

@@ -101,6 +101,7 @@ def test_the_data_position_of_another_number_of_processes_is_handed_over_whole(m
     save(manager(), 1)
     folder = tmp_path / "checkpoints/1/data"
     (folder / "process_0-of-1.json").rename(folder / "process_0-of-2.json")
+    (folder / "process_0-of-1.crc32").rename(folder / "process_0-of-2.crc32")
     (folder / "process_1-of-2.json").write_text('{"next": 30}')
     batches = SharedBatches()
     manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), batches)
@@ -154,9 +155,28 @@ def flip(folder):
     path.write_bytes(content)
 
 
+def cut(folder):
+    """Takes the last byte from the largest file."""
+    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose(folder):
+    """Removes the position of one process."""
+    next(folder.glob("process_*.json")).unlink()
+
+
+def turn(folder):
+    """Changes a digit of a position: it can still be read."""
+    path = next(folder.glob("process_*.json"))
+    path.write_text(path.read_text().replace("2", "3"))
+
+
 @pytest.mark.parametrize("harm, item, words", [
-    (forget, "data", "incomplete"), (empty, "state", "incomplete"), (damage, "state", "cannot be read"),
-    (flip, "state", "cannot be read")])
+    (forget, "data", "incomplete"), (forget, "state", "incomplete"), (forget, "sums", "incomplete"),
+    (empty, "state", "incomplete"), (empty, ".", "incomplete"),
+    (damage, "state", "cannot be read"), (cut, "state", "cannot be read"), (flip, "state", "cannot be read"),
+    (cut, "data", "cannot be read"), (turn, "data", "cannot be read"), (lose, "data", "cannot be read")])
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
         harm, item, words, manager, tmp_path, caplog):
     save(manager(), 1, 2)
@@ -178,6 +198,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(manager, tm
     with pytest.raises(ValueError, match=r"none among \[1, 2\] in .*move that folder away"):
         manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches())
     assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
+def test_a_run_whose_checkpoints_are_all_incomplete_does_not_start_anew_either(manager, tmp_path):
+    save(manager(), 1, 2)
+    forget(tmp_path / "checkpoints" / "1" / "data")
+    empty(tmp_path / "checkpoints" / "2")
+    with pytest.raises(ValueError, match=r"none among \[1, 2\] in .*move that folder away"):
+        manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches())
 
 
 def test_a_save_that_was_killed_leaves_no_step_behind(manager, tmp_path):

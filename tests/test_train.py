@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import signal
@@ -15,6 +16,7 @@ from data_pipelines import pipeline
 from data_pipelines import synthetic
 from molmo2_jax import checkpoint
 from molmo2_jax import config as config_lib
+from molmo2_jax import guard
 from molmo2_jax import metrics
 from molmo2_jax import optim
 from molmo2_jax import state as state_lib
@@ -35,14 +37,14 @@ def train_config(**fields):
                                 "save_every": 2, "keep": 10, "remat": "none", "attention": "dense", **fields})
 
 
-def fit(workdir, batches, model=tiny.MODEL, **fields):
+def fit(workdir, batches, model=tiny.MODEL, profile=None, **fields):
     return train.fit(model_config=model, config=train_config(**fields), optimiser=OPTIM, mesh=tiny.mesh(),
-                     batches=batches, workdir=str(workdir), quiet=True)
+                     batches=batches, workdir=str(workdir), quiet=True, profile=profile)
 
 
 def losses(workdir):
     """Returns {step: values that do not depend on the clock}."""
-    return {line["step"]: {name: value for name, value in line.items() if not name.endswith("_per_second")}
+    return {line["step"]: {name: value for name, value in line.items() if not metrics.is_timed(name)}
             for line in metrics.read(str(pathlib.Path(workdir) / "metrics.jsonl"))}
 
 
@@ -70,7 +72,13 @@ def test_a_run_compiles_once_reports_every_step_and_learns(straight):
     lines = losses(workdir)
     assert list(lines) == [1, 2, 3, 4, 5, 6] and lines[6]["loss"] < lines[1]["loss"] - 0.1
     assert {"loss", "z_loss", "accuracy", "grad_norm_vit", "grad_norm_connector", "grad_norm_llm",
-            "examples", "tokens", "token_fill", "crop_fill"} <= set(lines[1])
+            "examples", "tokens", "token_fill", "crop_fill", "flops"} <= set(lines[1])
+    last = metrics.read(str(workdir / "metrics.jsonl"))[-1]
+    assert last["flops_per_second"] > 0 and 0 <= last["data_stall"] < 1 and 0 < last["goodput"] < 1
+    assert "mfu" not in last  # nobody knows the peak of a CPU
+    spent = json.loads((workdir / "goodput.json").read_text())
+    assert spent["seconds"]["lost"] == 0 and all(spent["seconds"][part] > 0 for part in (
+        "productive", "compile", "checkpoint"))
     assert saved_steps(workdir) == [2, 4, 6]
 
 
@@ -149,8 +157,9 @@ def test_sigterm_saves_and_the_next_run_goes_on_with_the_next_batch(straight, tm
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert not stopped.finished and int(stopped.state.step) == 3 and saved_steps(tmp_path) == [2, 3]
     batches = tiny.Batches()
-    resumed = fit(tmp_path, batches)
+    resumed = fit(tmp_path, batches, profile=(5, 5))
     assert resumed.finished and batches.given == [3, 4, 5] and resumed.compilations == 1
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert_equal(resumed.state.params, straight[0].state.params)
     assert_equal(resumed.state.opt_state, straight[0].state.opt_state)
     assert losses(tmp_path) == losses(straight[1])
@@ -186,6 +195,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(bad, saved, tmp
         fit(tmp_path, tiny.Batches(spoil))
     assert saved_steps(tmp_path) == saved
     assert list(losses(tmp_path)) == list(range(1, bad))
+    kept = guard.load(tmp_path / "evidence" / f"step_{bad}" / "host_0.npz")
+    np.testing.assert_array_equal(kept.tokens, tiny.batch((bad - 1) % 2).tokens)
+
+
+def test_a_loss_that_leaps_ends_the_run_where_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard.Guard, "limit", lambda self: 0.0)
+    with pytest.raises(guard.Divergence, match="the loss of step 1 must be below 0"):
+        fit(tmp_path, tiny.Batches(), spike=5.0)
 
 
 def test_gradients_that_are_not_finite_end_the_run_too(tmp_path, monkeypatch):

@@ -157,7 +157,7 @@ def finish(process, workdir):
 
 def losses(workdir):
     """Returns {step: values that do not depend on the clock}."""
-    return {line["step"]: {name: value for name, value in line.items() if not name.endswith("_per_second")}
+    return {line["step"]: {name: value for name, value in line.items() if not metrics.is_timed(name)}
             for line in metrics.read(str(workdir / "metrics.jsonl"))}
 
 
