@@ -158,6 +158,16 @@ def constrain(x, *names):
     return jax.lax.with_sharding_constraint(x, _spec_of(parts))
 
 
+def on_own_part(function, name: str, *arrays):
+    """Returns `function(*arrays)`, each device working on its own part of the arrays' leading dimension,
+    which is divided as activations called `name` are."""
+    mesh = _mesh_in_use()
+    if mesh is None:
+        return function(*arrays)
+    spec = _spec_of([_dividing(ACTIVATION_RULES[name], arrays[0].shape[0], mesh)])
+    return jax.shard_map(function, in_specs=(spec,) * len(arrays), out_specs=spec, check_vma=False)(*arrays)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather_rounded(part, axes, place: int, dtype: str):
     """Returns all parts along dimension `place`, rounded to `dtype` on the way but of part's own type."""

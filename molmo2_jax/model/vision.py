@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from molmo2_jax import config as config_lib
 from molmo2_jax import sharding
+from molmo2_jax.attention import attend
+from molmo2_jax.attention import tree_mask
 from molmo2_jax.model import layers
 
 
@@ -25,6 +27,26 @@ def full_attention(q_nPNH, k_nPNH, v_nPNH):
     s = jnp.einsum("nNPH,nNQH->nNPQ", q, k, preferred_element_type=jnp.float32)
     out = jnp.einsum("nNPQ,nNQH->nNPH", jax.nn.softmax(s, axis=-1).astype(v.dtype), v)
     return out.transpose(0, 2, 1, 3)
+
+
+def kernel_attention(q_nPNH, k_nPNH, v_nPNH, implementation: str = "pallas_tpu"):
+    """Returns what `full_attention` does, by the decoder's kernel, as many crops at a time as that takes."""
+    n, P, N, H = q_nPNH.shape
+    rows = max(size for size in range(1, tree_mask.MAX_ROWS + 1) if n % size == 0)
+    plan = attend.plan(tree_mask.everything(rows, P), N, N, H, implementation)
+    parts = [x.reshape(n // rows, rows, P, N, H) for x in (q_nPNH, k_nPNH, v_nPNH)]
+    return jax.lax.map(lambda part: attend.attend(*part, plan), parts).reshape(n, P, N, H)
+
+
+def crop_attention(q_nPNH, k_nPNH, v_nPNH):
+    """Softmax attention among the patches of one crop: on a TPU in a kernel.
+
+    XLA would write the scores of all crops to memory and read them again: with 192 crops on a chip 18 of
+    30 GiB that a so400m ViT needs, and more time than its products take.
+    """
+    if attend.platform() != "tpu":
+        return full_attention(q_nPNH, k_nPNH, v_nPNH)
+    return sharding.on_own_part(kernel_attention, "all_crops", q_nPNH, k_nPNH, v_nPNH)
 
 
 class Block(nn.Module):
@@ -43,7 +65,7 @@ class Block(nn.Module):
         heads, split = (c.width, c.num_heads, c.head_dim), ("embed", "vision_heads", "head_dim")
         h = layers.LayerNorm(c.width, c.norm_eps, name="norm1")(x_nPE)
         q, k, v = (linear(name, heads, split)(h) for name in ("q", "k", "v"))
-        x_nPE = x_nPE + linear("o", heads[1:] + heads[:1], split[1:] + split[:1], 2)(full_attention(q, k, v))
+        x_nPE = x_nPE + linear("o", heads[1:] + heads[:1], split[1:] + split[:1], 2)(crop_attention(q, k, v))
         h = layers.LayerNorm(c.width, c.norm_eps, name="norm2")(x_nPE)
         h = jax.nn.gelu(linear("fc1", (c.width, c.mlp_width), ("embed", "vision_mlp"))(h), approximate=True)
         return x_nPE + linear("fc2", (c.mlp_width, c.width), ("vision_mlp", "embed"))(h)

@@ -1,0 +1,26 @@
+"""Attention among patches, in a kernel and divided over devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from molmo2_jax import sharding
+from molmo2_jax.model import vision
+from tests import tiny
+
+KERNEL_TOLERANCE = 1e-5  # float32, outputs and gradients of size 1
+
+
+def test_the_kernel_attends_as_plain_softmax_does_and_each_device_to_its_own_crops():
+    q, k, v, grad = (jax.random.normal(key, (4, 9, 2, 12)) for key in jax.random.split(jax.random.key(0), 4))
+    kernel = functools.partial(vision.kernel_attention, implementation="pallas_tpu_interpret")
+    divided = functools.partial(sharding.on_own_part, kernel, "all_crops")
+    expected, pull = jax.vjp(vision.full_attention, q, k, v)
+    with jax.set_mesh(tiny.mesh(fsdp=2, context=2)):
+        got, pull_kernel = jax.jit(lambda *x: jax.vjp(divided, *x))(q, k, v)
+        grads = jax.jit(pull_kernel)(grad)
+    for one, other in zip((got, *grads), (expected, *pull(grad))):
+        np.testing.assert_allclose(one, other, rtol=0, atol=KERNEL_TOLERANCE)
+    assert float(jnp.abs(expected).max()) > 0.5
