@@ -5,11 +5,15 @@
 
 --topology is chip and sides ("v5p:4x4x8", 128 chips) or the cloud's name ("v5p-256"). Unless the run names
 the sizes of its mesh (sharding.MeshConfig), a group of devices has one row, and fsdp is 16-way. --fit tries
-several meshes and kinds of rematerialisation and recommends the fastest that fits. Needs libtpu (pip install
-libtpu==0.0.42.1); a full-size step takes one to several minutes and 2 GB.
+several meshes and kinds of rematerialisation and recommends the fastest that fits, within --tries and
+--minutes. Needs libtpu (pip install libtpu==0.0.42.1); a full-size step takes minutes and 2 GB.
+
+--what=generate compiles reading a prompt, as long as a row of training, and writing an answer to it, as
+launch.generate does: on one chip.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -18,6 +22,8 @@ from absl import flags
 
 from launch import cli
 from molmo2_jax import aot
+from molmo2_jax import aot_fit
+from molmo2_jax import aot_generate
 from molmo2_jax import chips
 from molmo2_jax import sharding
 
@@ -25,7 +31,9 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, 'Slice, such as "v5p:4x4x8" or
 _SLICES = flags.DEFINE_integer("slices", 1, "Slices, joined over the data centre network.", lower_bound=1)
 _FIT = flags.DEFINE_bool("fit", False, "Search mesh and rematerialisation for the fastest that fits.")
 _TRIES = flags.DEFINE_integer("tries", 6, "Most compilations of --fit.", lower_bound=1)
-for _name in ("gin_file", "gin", "output", "traceback"):
+_MINUTES = flags.DEFINE_float("minutes", 30.0, "Time after which --fit begins no more compilations.")
+_WHAT = flags.DEFINE_enum("what", "train", ["train", "generate"], "The step of training, or answering.")
+for _name in ("gin_file", "gin", "output", "max_new_tokens", "dtype", "traceback"):
     flags.declare_key_flag(_name)
 
 OWN = sharding.MeshConfig()
@@ -37,68 +45,56 @@ def main(arguments: list[str]) -> None:
         raise ValueError("--topology must name a TPU slice, such as v5p:4x4x8; known are "
                          + ", ".join(one.name for one in chips.known()))
     chips.find(_TOPOLOGY.value)
-    config = cli.resolve("data", "optim", "train")
+    config = cli.resolve("data", *(("optim", "train") if _WHAT.value == "train" else ()))
     aot.prepare()
-    if _FIT.value:
-        report = fit(config, _TOPOLOGY.value, _SLICES.value, _TRIES.value)
+    if _WHAT.value == "generate":
+        report = aot_generate.compile_answers(config.model, config.data.shape(config.model), _TOPOLOGY.value,
+                                              new_tokens=cli.MAX_NEW_TOKENS.value, dtype=cli.DTYPE.value)
+    elif _FIT.value:
+        report = fit(config, _TOPOLOGY.value, _SLICES.value)
     else:
-        report = compile_one(config, None if config.mesh == OWN else config.mesh, config.train.remat)
-    print(table(report))
+        report = compile_one(config, _TOPOLOGY.value, _SLICES.value)
+    print(table(report) if _WHAT.value == "train" else answers_table(report))
     if cli.OUTPUT.value:
         pathlib.Path(cli.OUTPUT.value).write_text(json.dumps(as_dict(report), indent=1), encoding="utf-8")
 
 
-def compile_one(config, mesh: sharding.MeshConfig | None, remat: str) -> aot.Report:
+def fit(config, topology: str, slices: int) -> aot.Report:
+    """Returns the report of the fastest of the candidates that fits; see aot_fit.search."""
+    def compile_candidate(mesh, remat):
+        train = dataclasses.replace(config.train, remat=remat)
+        return compile_one(dataclasses.replace(config, train=train, mesh=mesh), topology, slices)
+
+    found = aot_fit.candidates(config.data.batch_rows, config.data.row_tokens, chips.find(topology).chips,
+                               slices)
+    return aot_fit.search(compile_candidate, found, tries=_TRIES.value, seconds=60 * _MINUTES.value,
+                          say=functools.partial(print, flush=True))
+
+
+def compile_one(config, topology: str, slices: int = 1) -> aot.Report:
+    """Returns the report of the run's step, on its own mesh or, if it names none, on the default one."""
     return aot.compile_step(
-        config.model, dataclasses.replace(config.train, remat=remat), config.optim,
-        config.data.shape(config.model), config.data.batch_rows, _TOPOLOGY.value, slices=_SLICES.value,
-        mesh_config=mesh)[0]
+        config.model, config.train, config.optim, config.data.shape(config.model), config.data.batch_rows,
+        topology, slices=slices, mesh_config=None if config.mesh == OWN else config.mesh)[0]
 
 
-def candidates(rows: int, length: int, num_devices: int) -> list[tuple[sharding.MeshConfig, str]]:
-    """Returns (mesh, remat) to try: least communication first, with one row per group of devices or fewer."""
-    found = []
-    for context in (1, 2, 4, 8):
-        groups = num_devices // context
-        if num_devices % context or length % context or rows % groups:
-            continue
-        for fsdp in (16, 32, 8):
-            if groups % fsdp == 0:
-                mesh = sharding.MeshConfig(data=groups // fsdp, fsdp=fsdp, context=context)
-                found += [(mesh, "dots"), (mesh, "full")]
-    return found
-
-
-def fit(config, topology: str, slices: int, tries: int) -> aot.Report:
-    """Returns the report with the lowest bound on a step's time among the first candidates that fit.
-
-    Raises:
-      ValueError: none fits; the nearest miss is told.
-    """
-    num_devices = chips.find(topology).chips * slices
-    best, misses = None, []
-    shape = config.data.shape(config.model)
-    for mesh, remat in candidates(config.data.batch_rows, shape["T"], num_devices)[:tries]:
-        try:
-            report = compile_one(config, mesh, remat)
-        except aot.DoesNotFit as miss:
-            misses.append(miss)
-            too_many = (miss.needed - miss.available) / aot.GIB
-            print(f"{mesh}, remat {remat!r}: {too_many:.1f} GiB too many")
-            continue
-        print(f"{mesh}, remat {remat!r}: {report.seconds_bound:.2f} s, "
-              f"{report.headroom / aot.GIB:.1f} GiB left")
-        if best is None or report.seconds_bound < best.seconds_bound:
-            best = report
-    if best is None:
-        raise min(misses, key=lambda miss: miss.needed) if misses else ValueError(
-            f"the rows of a batch must divide over the {num_devices} devices, alone or in groups of 2, 4 or "
-            f"8; got {config.data.batch_rows}")
-    return best
-
-
-def as_dict(report: aot.Report) -> dict:
+def as_dict(report: aot.Report | aot_generate.Report) -> dict:
     return dataclasses.asdict(report) | {"flops": report.flops._asdict(), "headroom": report.headroom}
+
+
+def answers_table(report: aot_generate.Report) -> str:
+    """Returns what a person reads of --what=generate."""
+    gib = lambda size: f"{size / aot.GIB:8.2f} GiB"
+    return "\n".join([
+        f"{report.topology}, one chip: a prompt of {report.prompt_tokens} tokens and {report.crops} crops, "
+        f"answer of up to {report.new_tokens} tokens, {report.dtype}",
+        f"  parameters               {gib(report.parameters)}",
+        f"  kept keys and values     {gib(report.memory)}",
+        f"  peak, reading            {gib(report.prefill_peak)} of {report.available / aot.GIB:.2f}",
+        f"  peak, writing            {gib(report.decode_peak)}, {report.headroom / aot.GIB:.2f} left",
+        f"operations to read it      {report.flops.total:.4g}: no faster than {report.prefill_seconds:.3f} s",
+        f"a token takes at least     {report.token_seconds * 1000:.2f} ms: all weights and keys are read",
+        f"compiled in                {report.compile_seconds:.0f} s"])
 
 
 def table(report: aot.Report) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,10 @@ _QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_A
 
 
 class DoesNotFit(ValueError):
-    """A program that needs more memory than a chip has; both in bytes."""
+    """A program that needs more memory than a chip has; both in bytes. `hints` say what may help."""
 
     def __init__(self, needed: float, available: float, hints: list[str]):
-        self.needed, self.available = needed, available
+        self.needed, self.available, self.hints = needed, available, hints
         super().__init__(f"a step must fit into {available / GIB:.1f} GiB per chip; it needs "
                          f"{needed / GIB:.1f} GiB, {(needed - available) / GIB:.1f} too many; what may help: "
                          + "; ".join(hints))
@@ -100,14 +101,16 @@ def devices(name: str, slices: int = 1) -> list:
         raise
 
 
-def default_mesh(rows: int, num_devices: int) -> sharding.MeshConfig:
+def default_mesh(rows: int, num_devices: int, slices: int = 1) -> sharding.MeshConfig:
     """Returns one row per group of devices: 16-way fsdp, data around it, devices that are left in context.
 
     Wider fsdp needs less memory, but the compiler may then replace gathers by sums, which cost twice as much.
+    Slices hold replicas: only gradients cross the network between them.
     """
-    groups = math.gcd(rows, num_devices)
+    groups = math.gcd(rows // slices, num_devices // slices)
     fsdp = math.gcd(groups, 16)
-    return sharding.MeshConfig(data=groups // fsdp, fsdp=fsdp, context=num_devices // groups)
+    return sharding.MeshConfig(data=slices * groups // fsdp, fsdp=fsdp,
+                               context=num_devices // slices // groups)
 
 
 def abstract_batch(model: config_lib.Molmo2Config, shape: dict[str, int], rows: int, mesh) -> types.Batch:
@@ -144,6 +147,22 @@ def bytes_per_device(tree) -> int:
                for leaf in jax.tree.leaves(tree))
 
 
+def compile_lowered(lowered, hints: Callable[[], list[str]]):
+    """Returns (the compiled program, seconds that took).
+
+    Raises:
+      DoesNotFit: with `hints()`.
+    """
+    began = time.monotonic()
+    try:
+        return lowered.compile(), time.monotonic() - began
+    except jax.errors.JaxRuntimeError as error:
+        sizes = re.findall(r"\(([\d.]+)G\)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
+            raise
+        raise DoesNotFit(float(sizes[0]) * GIB, float(sizes[1]) * GIB, hints()) from None
+
+
 def compile_step(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig,
                  shape: dict[str, int], rows: int, topology: str, *, slices: int = 1,
                  mesh_config: sharding.MeshConfig | None = None):
@@ -155,18 +174,9 @@ def compile_step(model_config, config: train.TrainConfig, optimiser: optim.Optim
     """
     slice_ = chips_lib.find(topology)
     found = devices(topology, slices)
-    mesh = sharding.make_mesh(mesh_config or default_mesh(rows, len(found)), found)
+    mesh = sharding.make_mesh(mesh_config or default_mesh(rows, len(found), slices), found)
     lowered, state, batch = lower(model_config, config, optimiser, shape, rows, mesh)
-    began = time.monotonic()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        sizes = re.findall(r"\(([\d.]+)G\)", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
-            raise
-        raise DoesNotFit(float(sizes[0]) * GIB, float(sizes[1]) * GIB,
-                         _hints(config, shape, rows, mesh)) from None
-    seconds = time.monotonic() - began
+    compiled, seconds = compile_lowered(lowered, lambda: _hints(config, shape, rows, mesh))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     report = _report(slice_, slices, mesh, rows, config, model_config, shape, state, batch, memory, text,
                      seconds)

@@ -12,6 +12,10 @@ _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
           "s64": 8, "u64": 8, "f64": 8}
 
 
+_MESSAGE = re.compile(r"= \((\w+)\[([\d,]*)\].*? send\(.*_xla_host_transfer_rendezvous=\"("
+                      + "|".join(_KINDS) + ")")
+
+
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective: its kind, bytes of its larger side on one device, devices that take part in each group,
@@ -41,12 +45,18 @@ def collectives(text: str, devices_per_slice: int) -> dict[str, float]:
 def find_collectives(text: str, devices_per_slice: int) -> list[Collective]:
     """Returns the collectives of a compiled program; those of one device alone are left out.
 
-    The compiler writes a reduce-scatter as an all-reduce in a fusion that is called all-reduce-scatter.
+    The compiler writes a reduce-scatter as an all-reduce in a fusion that is called all-reduce-scatter, and
+    what crosses slices as messages of each chip to the host's runtime, counted as between two slices.
     """
     bodies = _computations(text)
     times, found = _times(bodies), []
     for name, lines in bodies.items():
         for line in lines:
+            sent = _MESSAGE.search(line)
+            if sent and times[name]:
+                dims, kind = tuple(map(int, filter(None, sent[2].split(",")))), sent[3]
+                size = _WIDTH.get(sent[1], 4) * math.prod(dims) * (1 if kind == "all-reduce" else 2)
+                found.append(Collective(kind, size, 2, times[name], True, (dims,)))
             match = re.search(rf"= (.*?) ({'|'.join(_KINDS)})(-start)?\(", line)
             if not match or not times[name]:
                 continue

@@ -15,28 +15,29 @@ from molmo2_jax import aot
 def test_the_mesh_of_a_slice_has_a_row_for_each_group_of_devices():
     meshes = {number: aot.default_mesh(128, number) for number in (16, 128, 256)}
     assert [(m.data, m.fsdp, m.context) for m in meshes.values()] == [(1, 16, 1), (8, 16, 1), (8, 16, 2)]
+    several = aot.default_mesh(128, 256, slices=2)  # 64 rows for each slice's 128 chips
+    assert (several.data, several.fsdp, several.context) == (8, 16, 2)
 
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
-def compile_run(tmp_path, *arguments):
-    """Returns status, output and JSON of launch.compile, which changes settings of its process."""
+def run_apart(*command):
+    """Returns status and output of a Python process: compiling for TPU changes settings of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    output = tmp_path / "out.json"
-    done = subprocess.run([sys.executable, "-m", "launch.compile", *arguments, f"--output={output}"],
-                          cwd=run.ROOT, env=environment, capture_output=True, text=True, timeout=900,
-                          check=False)
-    report = json.loads(output.read_text()) if output.exists() else None
-    return done.returncode, done.stdout + done.stderr, report
+    done = subprocess.run([sys.executable, *command], cwd=run.ROOT, env=environment, capture_output=True,
+                          text=True, timeout=1800, check=False)
+    return done.returncode, done.stdout + done.stderr
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_the_8b_fine_tuning_step_of_the_recipe_fits_on_128_chips(tmp_path):
-    status, text, report = compile_run(tmp_path, "--gin_file=gin_configs/runs/sft_8b.gin",
-                                       "--topology=v5p-256")
-    assert status == 0, text
+    output = tmp_path / "out.json"
+    status, text = run_apart("-m", "launch.compile", "--gin_file=gin_configs/runs/sft_8b.gin",
+                             "--topology=v5p-256", f"--output={output}")
+    assert status == 0 and "MFU" in text, text
+    report = json.loads(output.read_text())
     assert report["chips"] == 128 and report["mesh"] == {"data": 8, "fsdp": 16, "tensor": 1, "context": 1}
     assert report["headroom"] > 0 and report["peak"] < 40 * aot.GIB  # 28.4 measured
     assert report["mfu_bound"] > 0.6 and report["bounded_by"] == "compute"
@@ -45,23 +46,65 @@ def test_the_8b_fine_tuning_step_of_the_recipe_fits_on_128_chips(tmp_path):
     assert report["collectives"]["ici all-reduce"] < 12 * aot.GIB
 
 
+# Several programs in one process: starting one costs as much as compiling a nano step.
+NANO = """
+import dataclasses, json, sys
+from launch import compile, run
+from molmo2_jax import aot, aot_fit, aot_generate
+config = run.resolve(["gin_configs/runs/quickstart.gin"], ["pipeline.DataConfig.batch_rows = 8",
+    "train.TrainConfig.dtype = 'bfloat16'", "train.TrainConfig.remat = 'full'"])
+aot.prepare()
+said, shape = [], config.data.shape(config.model)
+two_slices = compile.compile_one(config, "v5e:2x2", slices=2)
+def one(mesh, remat):
+    train = dataclasses.replace(config.train, remat=remat)
+    return compile.compile_one(dataclasses.replace(config, train=train, mesh=mesh), "v6e:2x4")
+meshes = aot_fit.candidates(8, shape["T"], 8)
+fitted = aot_fit.search(one, meshes[1:], tries=1, seconds=600, say=said.append)
+answers = aot_generate.compile_answers(config.model, shape, "v6e:1x1", new_tokens=8, dtype="bfloat16")
+print(json.dumps([said, *map(compile.as_dict, (two_slices, fitted, answers))]))
+print(compile.table(fitted), compile.answers_table(answers), sep="\\n", file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def nano():
+    status, text = run_apart("-c", NANO)
+    assert status == 0, text
+    found = next(line for line in text.splitlines() if line.startswith("[["))
+    return *json.loads(found), text
+
+
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x4", "v6e:2x4"])
-def test_a_nano_step_compiles_for_other_chips(topology, tmp_path):
-    status, text, report = compile_run(
-        tmp_path, "--gin_file=gin_configs/runs/quickstart.gin", f"--topology={topology}",
-        "--gin=pipeline.DataConfig.batch_rows = 8", "--gin=train.TrainConfig.dtype = 'bfloat16'")
-    assert status == 0, text
-    assert report["chips"] == 8 and report["headroom"] > 15 * aot.GIB and "MFU" in text
+def test_gradients_alone_cross_the_network_between_slices(nano):
+    report = nano[1]
+    assert report["chips"] == 8 and report["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    across = sum(size for name, size in report["collectives"].items() if name.startswith("dcn"))
+    assert 0 < across <= 4.1 * report["parameters"]  # of 4 parts; activations would be many times more
 
 
-def test_a_wrong_topology_is_one_sentence_with_those_that_exist(tmp_path):
-    status, text, _ = compile_run(tmp_path, "--gin_file=gin_configs/runs/sft_8b.gin", "--topology=v5p:3x3x3")
-    assert status == 2 and "v5p:4x4x8 (v5p-256, 128 chips)" in text and text.count("\n") == 1
+@needs_libtpu
+@pytest.mark.slow
+def test_a_search_compiles_what_may_fit_and_says_so(nano):
+    said, report = nano[0], nano[2]
+    assert len(said) == 1 and "remat 'full'" in said[0] and "GiB left" in said[0]
+    assert report["chips"] == 8 and report["mesh"]["context"] == 2 and report["headroom"] > 25 * aot.GIB
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_answering_compiles_for_one_chip(nano):
+    report, text = nano[3], nano[4]
+    assert report["topology"] == "v6e:1x1" and report["headroom"] > 25 * aot.GIB
+    assert min(report["prefill_peak"], report["decode_peak"]) > report["parameters"] > 0
+    # keys and values, bfloat16, of 3 layers with 2 heads of 32
+    assert report["memory"] == 2 * 2 * 3 * 2 * 32 * (report["prompt_tokens"] + report["new_tokens"])
+    assert "a token takes at least" in text and "no step takes less than" in text
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would_help():
     error = aot.DoesNotFit(40 * aot.GIB, 31.25 * aot.GIB, ["context = 2", "a larger slice"])
     assert str(error) == ("a step must fit into 31.2 GiB per chip; it needs 40.0 GiB, 8.8 too many; "
                           "what may help: context = 2; a larger slice")
+    assert error.hints == ["context = 2", "a larger slice"]

@@ -60,6 +60,8 @@ ALLOWED = {
     "molmo2_jax.generate": ANSWERS,
     "molmo2_jax.evaluate": ANSWERS,
     "molmo2_jax.aot": TRAINING,
+    "molmo2_jax.aot_fit": TRAINING,
+    "molmo2_jax.aot_generate": TRAINING,
     "data_pipelines": DATA,
     "data_pipelines.published": DATA | {"pyarrow"},
     "data_pipelines.prepare": DATA | {"apache_beam"},

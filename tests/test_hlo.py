@@ -31,3 +31,16 @@ def test_collectives_are_read_with_their_loops_groups_and_networks():
     assert (scatter.times, scatter.group, scatter.size, scatter.spans_slices) == (36, 4, 64 * 32 * 4, False)
     assert (reduce.times, reduce.group, reduce.traffic) == (1, 8, 2 * 32 * 7 / 8)
     assert hlo.collectives(HLO, 8).keys() == {"ici all-gather", "ici reduce-scatter", "ici all-reduce"}
+
+
+SEND = """ENTRY %main (a: f32[8]) -> f32[8] {
+  %send = (f32[1,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0"}
+  %recv = (f32[1,8,128]{2,1,0:T(8,128)}, u32[], token[]) recv(%after-all), channel_id=1, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0"}
+}
+"""
+
+
+def test_what_slices_tell_each_other_goes_through_their_hosts():
+    assert hlo.collectives(SEND, 4) == {"dcn all-reduce": 4 * 8 * 128}
