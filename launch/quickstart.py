@@ -1,8 +1,8 @@
 """Trains a small Molmo2 on drawn videos and shows what it learnt: the whole path in one command.
 
   bash launch/quickstart.sh [--workdir=runs/quickstart] [--gin='train.TrainConfig.steps = 300']
-  bash launch/quickstart.sh --world=full    # one to six objects that hide each other; hours, not minutes
-  python -m launch.quickstart ...           # the same, inside the environment that the script made
+  bash launch/quickstart.sh --world=full --init_from=assets/nano   # up to six objects that hide each other
+  python -m launch.quickstart ...    # the same, inside the environment that the script made
 
 Draws clips and stills whose answers are known, makes a tokenizer, trains, answers questions about clips that
 training never saw, exports to the Hugging Face format, and writes summary.json and report.html. Ctrl-C may
@@ -45,8 +45,9 @@ _SCALE = flags.DEFINE_float(
     "quick look.", lower_bound=0.0)
 _WORLD = flags.DEFINE_enum(
     "world", "quickstart", sorted(synthetic.WORLDS), "quickstart: one or two large objects apart, learnt in "
-    "minutes. full: one to six that cross, hide each other, enter and leave; takes hours.")
-for _name in ("gin", "workdir", "seed", "traceback"):
+    "minutes. full: one to six that cross, hide each other, enter and leave; takes an hour, and a model that "
+    "can point already (--init_from).")
+for _name in ("gin", "init_from", "workdir", "seed", "traceback"):
     flags.declare_key_flag(_name)
 
 HELDOUT = "heldout"
@@ -57,12 +58,14 @@ WORKERS = 2                     # processes that draw
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """world: name in synthetic.WORLDS. workdir: absolute. scale: share of the usual number of examples."""
+    """world: name in synthetic.WORLDS. workdir: absolute. scale: share of the usual number of examples.
+    start: folder of the model whose weights and tokenizer training begins with; None: from nothing."""
     world: str
     workdir: pathlib.Path
     config: run.RunConfig
     seed: int
     scale: float
+    start: str | None = None
 
     @property
     def data(self) -> pathlib.Path:
@@ -89,7 +92,7 @@ def main(arguments: list[str]) -> None:
     world, seed = _WORLD.value, cli.SEED.value
     workdir = cli.workdir(run.ROOT / "runs" / world).absolute()
     job = Job(world=world, workdir=workdir, config=settings(world, workdir, cli.bindings(), seed), seed=seed,
-              scale=_SCALE.value)
+              scale=_SCALE.value, start=train.INIT_FROM.value)
     try:
         with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
             quickstart(job)
@@ -122,7 +125,8 @@ def quickstart(job: Job) -> None:
     count = sum(number for _, _, number in job.worlds.values())
     watch.run("data", f"drawing {count} clips and stills with known answers", drawn,
               lambda: draw(job), *(job.data / name / "annotations.jsonl" for name in job.worlds))
-    worded = progress.fingerprint(drawn, job.config.model.text.vocab_size, job.config.data.num_templates)
+    worded = progress.fingerprint(drawn, job.start, job.config.model.text.vocab_size,
+                                  job.config.data.num_templates)
     watch.run("tokenizer", "making a tokenizer of their questions and answers", worded,
               lambda: make_tokenizer(job), pathlib.Path(job.config.tokenizer))
     learnt = progress.fingerprint(worded, record.gin_text(job.config))
@@ -155,6 +159,9 @@ def draw(job: Job) -> None:
 
 def make_tokenizer(job: Job) -> None:
     config = job.config
+    if job.start:
+        trained.load(job.start).tokenizer.save(config.tokenizer)
+        return
     folders = [job.data / name for name in job.worlds if name != HELDOUT]
     texts = corpus.texts(folders, config.inputs, num_templates=config.data.num_templates)
     tokenizers.train_small(texts, config.model.text.vocab_size).save(config.tokenizer)
@@ -162,7 +169,8 @@ def make_tokenizer(job: Job) -> None:
 
 def fit(job: Job) -> None:
     """Raises KeyboardInterrupt if training was interrupted (and saved)."""
-    if not train.fit(job.config, job.workdir).finished:
+    params = train.first_params(job.config, job.start, job.workdir)
+    if not train.fit(job.config, job.workdir, params).finished:
         print("training is not finished, so nothing is scored yet")
         raise KeyboardInterrupt
 
@@ -171,7 +179,8 @@ def ask_untrained(job: Job) -> None:
     config = job.config
     mesh, model = sharding.make_mesh(config.mesh), molmo2.Molmo2(config.model, config.train.dtype)
     with jax.set_mesh(mesh):
-        fresh = state.create(model, optim.make(config.optim, config.train.steps), mesh, config.train.seed)
+        fresh = state.create(model, optim.make(config.optim, config.train.steps), mesh, config.train.seed,
+                             train.first_params(config, job.start, job.workdir))
     tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer, config.model.text.vocab_size)
     source = trained.Trained(config.model, config.inputs, tokenizer, fresh.params)
     _ask(job, source, "untrained", job.heldout()[:UNTRAINED_EXAMPLES], UNTRAINED_NEW_TOKENS)

@@ -2,11 +2,14 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
 import types as types_lib
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -20,6 +23,8 @@ from launch import quickstart
 from launch import run
 from launch import scoreboard
 from launch import showcase
+from launch import train
+from launch import trained
 from molmo2_jax import config as config_lib
 from molmo2_jax import types
 from molmo2_jax.inputs import tokenizer as tokenizers
@@ -77,6 +82,19 @@ def test_training_goes_on_with_the_same_data_only(tmp_path):
     watch = progress.Progress(tmp_path, 1)
     with pytest.raises(ValueError, match="must stay as they were"):
         quickstart._refuse_other_data(job, watch, "other")
+
+
+def test_a_run_that_starts_from_a_model_takes_its_tokenizer_and_weights(tmp_path):
+    config = quickstart.settings("full", tmp_path, [], 0)
+    shipped = run.ROOT / "assets" / "nano"
+    job = quickstart.Job(world="full", workdir=tmp_path, config=config, seed=0, scale=1.0, start=str(shipped))
+    quickstart.make_tokenizer(job)
+    made = pathlib.Path(config.tokenizer, "tokenizer.json")
+    assert json.loads(made.read_text()) == json.loads((shipped / "tokenizer.json").read_text())
+    params = train.first_params(config, str(shipped), tmp_path)
+    wanted = trained.load(shipped).params
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, wanted))
+    assert train.first_params(config, None, tmp_path) is None
 
 
 def test_the_corpus_is_the_same_every_time_and_holds_no_markup(drawn):
@@ -162,7 +180,7 @@ def test_training_that_was_interrupted_ends_the_command_before_anything_is_score
         monkeypatch.setattr(quickstart, name, lambda job, name=name: done.append(name))
     monkeypatch.setattr(quickstart, "report", lambda job, watch: sys.exit("report"))
     monkeypatch.setattr(quickstart.train, "fit",
-                        lambda config, workdir: types_lib.SimpleNamespace(finished=finished))
+                        lambda config, workdir, params: types_lib.SimpleNamespace(finished=finished))
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
         cli.start(quickstart.main, ["quickstart", f"--workdir={tmp_path}"])
     flags.FLAGS.mark_as_parsed()
