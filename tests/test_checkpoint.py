@@ -156,8 +156,9 @@ def flip(folder):
 
 
 def cut(folder):
-    """Takes the last byte from the largest file."""
-    path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    """Takes the last byte from the largest file that is more than a mark."""
+    held = [path for path in folder.rglob("*") if path.is_file() and path.name != "commit_success.txt"]
+    path = max(held, key=lambda path: path.stat().st_size)
     path.write_bytes(path.read_bytes()[:-1])
 
 
