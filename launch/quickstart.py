@@ -23,6 +23,7 @@ from data_pipelines import synthetic
 from data_pipelines import workers
 from launch import cli
 from launch import corpus
+from launch import draw as draw_lib
 from launch import progress
 from launch import questions
 from launch import record
@@ -43,11 +44,7 @@ from molmo2_jax.model import molmo2
 _SCALE = flags.DEFINE_float(
     "examples_scale", 1.0, "Share of the usual number of examples, for training and for scores; small for a "
     "quick look.", lower_bound=0.0)
-_WORLD = flags.DEFINE_enum(
-    "world", "quickstart", sorted(synthetic.WORLDS), "quickstart: one or two large objects apart, learnt in "
-    "minutes. full: one to six that cross, hide each other, enter and leave; takes an hour, and a model that "
-    "can point already (--init_from).")
-for _name in ("gin", "init_from", "workdir", "seed", "traceback"):
+for _name in ("gin", "init_from", "world", "workdir", "seed", "traceback"):
     flags.declare_key_flag(_name)
 
 HELDOUT = "heldout"
@@ -89,7 +86,7 @@ class Job:
 
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
-    world, seed = _WORLD.value, cli.SEED.value
+    world, seed = draw_lib.WORLD.value, cli.SEED.value
     workdir = cli.workdir(run.ROOT / "runs" / world).absolute()
     job = Job(world=world, workdir=workdir, config=settings(world, workdir, cli.bindings(), seed), seed=seed,
               scale=_SCALE.value, start=train.INIT_FROM.value)
