@@ -1,4 +1,4 @@
-"""The trained nano model in assets/ answers alike here and in transformers, on clips it has never seen."""
+"""The trained models in assets/ answer alike here and in transformers, on clips they have never seen."""
 
 import pathlib
 
@@ -19,25 +19,30 @@ from molmo2_jax.model import molmo2
 
 peer = pytest.importorskip("molmo2_jax.hf.peer")
 
-FOLDER = pathlib.Path(__file__).parents[2] / "assets" / "nano"
+ASSETS = pathlib.Path(__file__).parents[2] / "assets"
+WORLDS = {"nano": synthetic.quickstart_world(), "nano_full": synthetic.full_world()}
 CLIPS, NEW = 8, 64
 # float32, on logits of size 31; measured 2.9e-5. It is rounding: in float64 the two models agree within
 # 2e-6, and either float32 result is further from that, ours by 6e-5 and theirs by 9e-5 at worst.
 LOGITS_TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    params, config, inputs = checkpoint.import_checkpoint(FOLDER)
-    return params, config, inputs, tokenizers.Tokenizer.from_file(FOLDER, config.text.vocab_size)
+@pytest.fixture(scope="module", params=WORLDS)
+def name(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def questions(shipped, tmp_path_factory):
+def shipped(name):
+    params, config, inputs = checkpoint.import_checkpoint(ASSETS / name)
+    return params, config, inputs, tokenizers.Tokenizer.from_file(ASSETS / name, config.text.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def questions(name, shipped, tmp_path_factory):
     """Returns one Sequence per clip: a question about it."""
     _, config, inputs, tokenizer = shipped
-    world = synthetic.quickstart_world()
-    path = synthetic.write(tmp_path_factory.mktemp("clips"), world, seed=2**20, num_examples=3 * CLIPS,
+    path = synthetic.write(tmp_path_factory.mktemp("clips"), WORLDS[name], seed=2**20, num_examples=3 * CLIPS,
                            split="heldout", progress=False)
     asked = []
     for example in [one for one in sources.read_jsonl(path) if one.video][:CLIPS]:
@@ -50,9 +55,9 @@ def questions(shipped, tmp_path_factory):
     return asked
 
 
-def test_logits_and_64_greedy_tokens_on_8_clips_are_those_of_transformers(shipped, questions):
+def test_logits_and_64_greedy_tokens_on_8_clips_are_those_of_transformers(name, shipped, questions):
     params, config, _, _ = shipped
-    theirs = peer.load(FOLDER)
+    theirs = peer.load(ASSETS / name)
     sizes = [(len(one.tokens), len(one.patches), *one.pooled.shape) for one in questions]
     shape = dict(zip("TMRW", map(max, *sizes)))
     batch = packing.stack([packing.join([one], **shape) for one in questions])
@@ -65,3 +70,8 @@ def test_logits_and_64_greedy_tokens_on_8_clips_are_those_of_transformers(shippe
         np.testing.assert_allclose(logits[row, :len(one.tokens)], peer.logits(theirs, [one], config)[0],
                                    rtol=0, atol=LOGITS_TOLERANCE)
         assert peer.answers(theirs, one, config, NEW) == answer.tolist()
+
+
+def test_the_shipped_models_are_small():
+    sizes = [path.stat().st_size for name in WORLDS for path in (ASSETS / name).iterdir()]
+    assert sum(sizes) <= 8e6
