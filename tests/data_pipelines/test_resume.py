@@ -186,6 +186,16 @@ def _has_ended(pid, seconds=20.0):
     return not pathlib.Path(f"/proc/{pid}").exists()
 
 
+def _successor(pid, killed):
+    """Returns the one child of `pid` that took the place of `killed`; waits until it has started."""
+    for _ in range(600):
+        if found := [child for child in _children(pid) if child != killed]:
+            [successor] = found
+            return successor
+        time.sleep(0.1)
+    raise AssertionError("the killed worker must be replaced within a minute")
+
+
 def test_workers_and_the_whole_process_may_be_killed(folders, tokenizer, tmp_path):
     run = {"rates": (1, 2, 1), "seed": 7, "row_tokens": 256, "row_crops": 9, "prefetch": 1, "streams": None,
            "packer": RULES[1]}
@@ -206,7 +216,7 @@ def test_workers_and_the_whole_process_may_be_killed(folders, tokenizer, tmp_pat
             assert found == digest()
             if number == 2:
                 os.kill(worker, signal.SIGKILL)
-        [worker] = _children(process.pid)
+        worker = _successor(process.pid, worker)
         process.kill()
     assert _has_ended(worker)
     [resumed] = start(data_config(folders, run), tokenizer, 1)
