@@ -138,7 +138,7 @@ def quickstart_lessons() -> dict[str, tuple[WorldConfig, int]]:
 def full_world() -> WorldConfig:
     """One to six objects that cross, hide each other, enter and leave, in clips of many sizes and rates."""
     return WorldConfig(colours=("red", "green", "blue", "yellow", "purple", "cyan"), unique="colour",
-                       radius=(0.11, 0.2), texture=0.4, tone=(70.0, 150.0), fps=(6, 8, 10, 12, 15),
+                       radius=(0.14, 0.22), texture=0.4, tone=(70.0, 150.0), fps=(6, 8, 10, 12, 15),
                        duration=(1.5, 5.0))
 
 
@@ -150,7 +150,7 @@ def full_lessons() -> dict[str, tuple[WorldConfig, int]]:
     """
     world = full_world()
     two = dataclasses.replace(quickstart_lessons()["two"][0], colours=world.colours)
-    few = dataclasses.replace(world, objects=(1, 3), radius=(0.14, 0.2), is_apart=True, leave_share=0.0,
+    few = dataclasses.replace(world, objects=(1, 3), radius=(0.15, 0.22), is_apart=True, leave_share=0.0,
                               texture=0.3, duration=(0.5, 2.0), absent_share=0.0)
     return {"two": (two, 8000), "few": (few, 10000), "many": (world, 16000)}
 
