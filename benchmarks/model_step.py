@@ -2,11 +2,12 @@
 
   python -m benchmarks.model_step [--threads=1] [--repeats=4]
 
-Three batches, float32, weighted cross-entropy, gradients of all parameters, no optimiser:
+Four batches, float32, weighted cross-entropy, gradients of all parameters, no optimiser:
 
 - one sequence: a video and one conversation, the same arrays on both sides;
 - packed trees: three videos with four conversations each in one row, the same row on both sides; transformers
   takes the tree mask as a dense array;
+- a longer row: the same with twelve videos, still a fraction of the 16,384 tokens of a row in training;
 - annotations: our packed row against the same conversations as transformers can hold them without tree masks,
   each with its video in a row of its own, padded to the longest. Here the losses are not the same sum in the
   same order, and the ratio counts work that trees save.
@@ -38,7 +39,7 @@ from tests import packs
 
 _THREADS = flags.DEFINE_integer("threads", 1, "Processor cores and threads of each side.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 4, "Timed steps of each side.", lower_bound=1)
-VIDEOS, FRAMES, ANSWER_WORDS = 3, 8, (12, 20, 30, 40)
+VIDEOS, LONG_ROW_VIDEOS, FRAMES, ANSWER_WORDS = 3, 12, 8, (12, 20, 30, 40)
 LOSS_TOLERANCE = 1e-5  # relative; measured 2e-7
 
 
@@ -46,10 +47,10 @@ def model_config() -> config_lib.Molmo2Config:
     return peer.small(width=512, num_layers=8, vocab_size=12288, vision_layers=6)
 
 
-def trees(config: config_lib.Molmo2Config) -> tuple[list[types.Sequence], list[types.Sequence]]:
+def trees(config: config_lib.Molmo2Config, videos: int) -> tuple[list[types.Sequence], list[types.Sequence]]:
     """Returns (a message tree per video, each of its conversations as a sequence of its own)."""
     together, alone = [], []
-    for seed in range(VIDEOS):
+    for seed in range(videos):
         crops = peer.video(config, FRAMES, seed)
         branches = [types.Branch(turns=(" red", " blue" * words)) for words in ANSWER_WORDS]
         together.append(sequences.build(crops, branches, peer.tokenizer_of(config)))
@@ -132,15 +133,18 @@ def main(_) -> None:
     params = packs.random_params(config)
     theirs = peer.exported(params, config)
     model, params = molmo2.Molmo2(config, remat="none"), jax.device_put(params)
-    together, alone = trees(config)
-    row, one = packed(together, config), packed(alone[:1], config)
+    together, alone = trees(config, VIDEOS)
+    many, _ = trees(config, LONG_ROW_VIDEOS)
+    row, one, long_row = (packed(held, config) for held in (together, alone[:1], many))
     print(f"{peer.num_parameters(config) / 1e6:.1f}M parameters, {_THREADS.value} thread(s), float32; "
           f"{one.tokens.size} tokens; {row.tokens.size} tokens in a row of trees, "
-          f"{sum(len(each.tokens) for each in alone)} one by one")
+          f"{long_row.tokens.size} in a longer one, {sum(len(each.tokens) for each in alone)} one by one")
     print("| batch | ours, s | transformers, s | ratio |\n|---|---|---|---|")
     compare("one sequence", our_step(model, params, one), their_step(theirs, one, alone[:1], config), True)
     packed_step = our_step(model, params, row)
     compare("packed trees", packed_step, their_step(theirs, row, together, config), True)
+    compare("a longer row", our_step(model, params, long_row), their_step(theirs, long_row, many, config),
+            True)
     compare("annotations", packed_step, their_rows(theirs, alone, config), False)
 
 
