@@ -16,7 +16,7 @@ from molmo2_jax.attention import tiling as tiling_lib
 
 LANES = kernels.LANES
 MAX_WORDS = 2**17    # of a work list: 512 KiB, half of the scalar memory of a core
-RESERVED = 16 * 2**20  # bytes of fast memory for everything but the ring
+RESERVED = 16 * 2**20  # bytes of fast memory for everything but the ring and the mask
 
 
 def choose_tiling(rows: int, num_queries: int, num_keys: int, num_groups: int, head_dim: int
@@ -41,9 +41,10 @@ def choose_tiling(rows: int, num_queries: int, num_keys: int, num_groups: int, h
         raise ValueError(f"attention on a TPU handles at most {MAX_WORDS} tiles per device; got "
                          f"{num_words()} for {rows} rows of {num_queries} queries and {num_keys} keys")
     vmem_bytes = min(100 * 2**20, pltpu.get_tpu_info().vmem_capacity_bytes * 7 // 8)
+    mask_bytes = 4 * rows * (num_queries + 2 * num_keys)
     ring_tile_bytes = 2 * 4 * key_tile * tiling_lib.round_up(head_dim, LANES)
     ring = min(tiling_lib.num_key_tiles(num_queries, num_keys, query_tile, key_tile),
-               (vmem_bytes - RESERVED) // ring_tile_bytes)
+               max(0, vmem_bytes - RESERVED - mask_bytes) // ring_tile_bytes)
     return tiling_lib.Tiling(query_tile=query_tile, key_tile=key_tile, ring=ring, vmem_bytes=vmem_bytes)
 
 

@@ -36,6 +36,36 @@ def _down(row_1n):
     return jnp.broadcast_to(row_1n, (LANES, row_1n.shape[1])).T
 
 
+def _fold(x_RC):
+    """Returns [R, 128] with the same sums along rows: lanes are added up once, after the last tile."""
+    columns = x_RC.shape[1]
+    if columns < LANES:
+        return jnp.pad(x_RC, ((0, 0), (0, LANES - columns)))
+    return sum(x_RC[:, c:c + LANES] for c in range(0, columns, LANES))
+
+
+class _Tile:
+    """The mask's integers of one tile. Rows: `end` of keys counted from the tile's first key, and groups."""
+
+    def __init__(self, word, first, query_group, keys, query_tile_of, key_tile_of, tiling):
+        q_tile, k_tile = tiling.query_tile, tiling.key_tile
+        batch = tree_mask.batch_of(word)
+        query_0 = pl.multiple_of(query_tile_of(word) * q_tile, q_tile)
+        key_0 = pl.multiple_of(key_tile_of(word) * k_tile, k_tile)
+        self.distance = first[batch] + query_0 - key_0
+        self.query_group = query_group[batch, :, pl.ds(query_0, q_tile)]
+        keys = keys[batch, :, pl.ds(key_0, k_tile)]
+        self.end, self.key_group = keys[0:1] - key_0, keys[1:2]
+
+    def visible(self, kind, query_axis, end, query_group, key_group):
+        """Returns who sees whom, queries along an axis; end and groups: in that shape, or broadcast to it."""
+        shape = jnp.broadcast_shapes(end.shape, query_group.shape, key_group.shape)
+        i, j = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (query_axis, 1 - query_axis))
+        # One comparison for j <= i < end: of a key after the query, i - j is large as an unsigned number.
+        visible = (i + self.distance - j).astype(jnp.uint32) < (end - j).astype(jnp.uint32)
+        return visible | (query_group == key_group) if kind == tree_mask.VISUAL else visible
+
+
 def _borders(words, n):
     """Returns whether word n is the first, and the last, of its row of tiles."""
     end = pl.num_programs(1) - 1
@@ -51,7 +81,12 @@ def _for_each_kind(word, compute):
 
 
 class _Call:
-    """Blocks and limits that all kernels share. `key_major`: rows of the list are key tiles."""
+    """Blocks and limits that all kernels share. `key_major`: rows of the list are key tiles.
+
+    The mask's integers are few, so they are in fast memory as a whole: every operand that is loaded tile by
+    tile costs each step some 40 cycles of the scalar unit. Tiles come from the list, which is ours, so
+    addresses are not checked.
+    """
 
     def __init__(self, q, k, work, tiling, key_major=False):
         self.B, self.K, self.G, self.T, self.H = q.shape
@@ -70,23 +105,24 @@ class _Call:
         G, H, q_tile, k_tile = self.G, self.H, tiling.query_tile, tiling.key_tile
         batch = tree_mask.batch_of
         self.query = block((None, None, G, q_tile, H), lambda h, w: (batch(w), h, 0, query(w), 0))
-        self.per_query = block((None, None, G, q_tile), lambda h, w: (batch(w), h, 0, query(w)))
+        self.log_sum, self.statistics = (
+            block((None, None, n, q_tile), lambda h, w: (batch(w), h, 0, query(w))) for n in (G, 2 * G))
         self.key = block((None, None, k_tile, H), lambda h, w: (batch(w), h, key(w), 0))
-        self.mask_specs = [block((None, 1, q_tile), lambda h, w: (batch(w), 0, query(w))),
-                           block((None, 2, k_tile), lambda h, w: (batch(w), 0, key(w)))]
 
     def __call__(self, name, kernel, operands, in_specs, out_shapes, out_specs, scratch, products):
         """Runs a kernel; `products` counts its matrix products per tile."""
         pairs = int(EXPECTED_SHARE * self.B * self.K * self.G * self.T * self.S)
+        whole = pl.BlockSpec(memory_space=pltpu.VMEM)
         size = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *out_shapes))
         return pl.pallas_call(
             functools.partial(kernel, tiling=self.tiling),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=2, grid=(self.K, self.count),
-                in_specs=[*in_specs, *self.mask_specs], out_specs=out_specs, scratch_shapes=scratch),
+                in_specs=[*in_specs, whole, whole], out_specs=out_specs, scratch_shapes=scratch),
             out_shape=out_shapes,
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"),
-                                                 vmem_limit_bytes=self.tiling.vmem_bytes),
+                                                 vmem_limit_bytes=self.tiling.vmem_bytes,
+                                                 disable_bounds_checks=True),
             cost_estimate=pl.CostEstimate(flops=2 * products * pairs * self.H, transcendentals=pairs,
                                           bytes_accessed=size),
             interpret=self.tiling.interpret, name=name,
@@ -101,7 +137,7 @@ def forward(q_BKGTH, k_BKSH, v_BKSH, work: tiling_lib.Work, tiling: tiling_lib.T
     log_sum = jax.ShapeDtypeStruct(q_BKGTH.shape[:-1], jnp.float32)
     statistics = pltpu.VMEM((rows, LANES), jnp.float32)
     return call("tree_attention", _forward_kernel, (q_BKGTH, k_BKSH, v_BKSH),
-                [call.query, call.key, call.key], [out, log_sum], [call.query, call.per_query],
+                [call.query, call.key, call.key], [out, log_sum], [call.query, call.log_sum],
                 [statistics, statistics, pltpu.VMEM((rows, call.H), jnp.float32),
                  pltpu.VMEM((tiling.query_tile, LANES), jnp.int32)], products=2)
 
@@ -113,46 +149,42 @@ def _forward_kernel(words, first, q, k, v, query_group, keys, out, log_sum, maxi
     G, q_tile, H = q.shape
     k_tile = k.shape[0]
     starts, ends = _borders(words, n)
-    query_0 = first[tree_mask.batch_of(word)] + tree_mask.row_of(word) * q_tile
-    key_0 = tree_mask.column_of(word) * k_tile
+    tile = _Tile(word, first, query_group, keys, tree_mask.row_of, tree_mask.column_of, tiling)
 
     @pl.when(starts)
     def _():
         maximum[...] = jnp.full_like(maximum, flash.MASKED)
         total[...] = jnp.zeros_like(total)
         acc[...] = jnp.zeros_like(acc)
-        group[...] = _down(query_group[...])
+        group[...] = _down(tile.query_group)
 
     def compute(kind):
         s = flash.dot(q[...].reshape(G * q_tile, H), k[...], (1, 1))
         if kind != tree_mask.FULL:
-            i = lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 0)
-            j = lax.broadcasted_iota(jnp.int32, (q_tile, k_tile), 1)
-            visible = (j - i <= query_0 - key_0) & (i < keys[0:1, :] - query_0)
-            if kind == tree_mask.VISUAL:
-                visible |= _widen(group[...], k_tile) == keys[1:2, :]
+            visible = tile.visible(kind, 0, tile.end, _widen(group[...], k_tile), tile.key_group)
             s = jnp.where(visible[None], s.reshape(G, q_tile, k_tile), flash.MASKED).reshape(s.shape)
         old = maximum[...]
         new = jnp.maximum(old, s.max(-1, keepdims=True))
         p = jnp.exp2(s - _widen(new, k_tile))
         decay = jnp.exp2(old - new)
         maximum[...] = new
-        total[...] = decay * total[...] + p.sum(-1, keepdims=True)
+        total[...] = decay * total[...] + _fold(p)
         acc[...] = _widen(decay, H) * acc[...] + flash.dot(p.astype(v.dtype), v[...], (1, 0))
 
     _for_each_kind(word, compute)
 
     @pl.when(ends)
     def _():
-        out[...] = (acc[...] * _widen(1 / total[...], H)).astype(out.dtype).reshape(out.shape)
-        sums = maximum[...] + jnp.log2(total[...])
+        sums = jnp.broadcast_to(total[...].sum(-1, keepdims=True), total.shape)
+        out[...] = (acc[...] * _widen(1 / sums, H)).astype(out.dtype).reshape(out.shape)
+        logs = maximum[...] + jnp.log2(sums)
         for g in range(G):
-            log_sum[g:g + 1, :] = sums[g * q_tile:(g + 1) * q_tile, :].T[0:1, :]
+            log_sum[g:g + 1, :] = logs[g * q_tile:(g + 1) * q_tile, :].T[0:1, :]
 
 
 def backward(q, k, v, grad, log_sum, delta, work: tiling_lib.Work, tiling: tiling_lib.Tiling):
     """Returns (dq, dk, dv) of the scaled queries, keys and values, in the layout of `forward`."""
-    operands = (q, k, v, grad, log_sum, delta)
+    operands = (q, k, v, grad, jnp.concatenate([log_sum, delta], 2))
     fused = lambda: _fused(operands, work, tiling)
     split = lambda: (_query_gradient(operands, work, tiling), *_key_gradients(operands, work, tiling))
     if work.span is None:
@@ -166,33 +198,23 @@ def backward(q, k, v, grad, log_sum, delta, work: tiling_lib.Work, tiling: tilin
     return dq, dk, dv
 
 
-def _tile_gradients(kind, word_tiles, q, k, v, grad, log_sum, delta, query_group, keys):
+def _tile_gradients(kind, tile, q, k, v, grad, statistics):
     """Returns (p [k, g], ds [k, g]) of a tile, keys down and queries along, in the dtype of q.
 
     In this orientation the statistics of the queries are rows as stored, and sums over the G heads are part
     of the products for dk and dv.
     """
-    query_0, key_0 = word_tiles
     G, q_tile, H = q.shape
-    k_tile = k.shape[0]
-    along = lambda x: jnp.concatenate([x[g:g + 1, :] for g in range(G)], axis=1)
-    p = jnp.exp2(flash.dot(k[...], q[...].reshape(G * q_tile, H), (1, 1)) - along(log_sum))
+    log_sum, delta = (jnp.concatenate([statistics[n:n + 1, :] for n in range(start, start + G)], axis=1)
+                      for start in (0, G))
+    p = jnp.exp2(flash.dot(k[...], q[...].reshape(G * q_tile, H), (1, 1)) - log_sum)
     if kind != tree_mask.FULL:
-        i = lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 1)
-        j = lax.broadcasted_iota(jnp.int32, (k_tile, q_tile), 0)
-        visible = (j - i <= query_0 - key_0) & (i < _widen(_down(keys[0:1, :] - query_0), q_tile))
-        if kind == tree_mask.VISUAL:
-            visible |= _widen(_down(keys[1:2, :]), q_tile) == query_group[...]
+        down = lambda row: _widen(_down(row), q_tile)
+        visible = tile.visible(kind, 1, down(tile.end), tile.query_group, down(tile.key_group))
         p = jnp.where(jnp.tile(visible, (1, G)), p, 0.0)
     dp = flash.dot(v[...], grad[...].reshape(G * q_tile, H), (1, 1))
-    ds = p * (dp - along(delta))
+    ds = p * (dp - delta)
     return p.astype(q.dtype), ds.astype(q.dtype)
-
-
-def _positions(word, first, query_tile_of, key_tile_of, tiling):
-    """Returns the positions of the first query and the first key of a tile."""
-    return (first[tree_mask.batch_of(word)] + query_tile_of(word) * tiling.query_tile,
-            key_tile_of(word) * tiling.key_tile)
 
 
 def _fused(operands, work, tiling):
@@ -204,21 +226,21 @@ def _fused(operands, work, tiling):
     of_key = jax.ShapeDtypeStruct(k.shape, k.dtype)
     f32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     return call("tree_attention_gradients", _fused_kernel, operands,
-                [call.query, call.key, call.key, call.query, call.per_query, call.per_query],
+                [call.query, call.key, call.key, call.query, call.statistics],
                 [jax.ShapeDtypeStruct(q.shape, q.dtype), of_key, of_key], [call.query, anywhere, anywhere],
                 [f32(rows, call.H), f32(ring, call.H), f32(ring, call.H),
                  pltpu.VMEM((2, tiling.key_tile, call.H), k.dtype), pltpu.SMEM((1,), jnp.int32),
                  pltpu.SemaphoreType.DMA((2,))], products=5)
 
 
-def _fused_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys, dq_out, dk_out, dv_out,
+def _fused_kernel(words, first, q, k, v, grad, statistics, query_group, keys, dq_out, dk_out, dv_out,
                   dq, dk, dv, stage, is_copying, semaphores, *, tiling):
     head, n = pl.program_id(0), pl.program_id(1)
     is_end = n == pl.num_programs(1) - 1
     word = words[n]
     starts, ends = _borders(words, n)
     column = tree_mask.column_of(word)
-    at = _positions(word, first, tree_mask.row_of, tree_mask.column_of, tiling)
+    tile = _Tile(word, first, query_group, keys, tree_mask.row_of, tree_mask.column_of, tiling)
     G, q_tile, H = q.shape
     k_tile, ring = tiling.key_tile, dk.shape[0] // tiling.key_tile
     slot = pl.ds(pl.multiple_of(lax.rem(column, ring) * k_tile, k_tile), k_tile)
@@ -244,7 +266,7 @@ def _fused_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys
         dv[slot, :] = jnp.zeros((k_tile, H), jnp.float32)
 
     def compute(kind):
-        p, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
+        p, ds = _tile_gradients(kind, tile, q, k, v, grad, statistics)
         dv[slot, :] += flash.dot(p, grad[...].reshape(G * q_tile, H), (1, 0))
         dk[slot, :] += flash.dot(ds, q[...].reshape(G * q_tile, H), (1, 0))
         dq[...] += flash.dot(ds, k[...], (0, 0))
@@ -271,23 +293,23 @@ def _query_gradient(operands, work, tiling):
     q, k = operands[:2]
     call = _Call(q, k, work, tiling)
     return call("tree_attention_query_gradient", _query_kernel, operands,
-                [call.query, call.key, call.key, call.query, call.per_query, call.per_query],
+                [call.query, call.key, call.key, call.query, call.statistics],
                 [jax.ShapeDtypeStruct(q.shape, q.dtype)], [call.query],
                 [pltpu.VMEM((call.G * tiling.query_tile, call.H), jnp.float32)], products=3)[0]
 
 
-def _query_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys, dq_out, dq, *, tiling):
+def _query_kernel(words, first, q, k, v, grad, statistics, query_group, keys, dq_out, dq, *, tiling):
     n = pl.program_id(1)
     word = words[n]
     starts, ends = _borders(words, n)
-    at = _positions(word, first, tree_mask.row_of, tree_mask.column_of, tiling)
+    tile = _Tile(word, first, query_group, keys, tree_mask.row_of, tree_mask.column_of, tiling)
 
     @pl.when(starts)
     def _():
         dq[...] = jnp.zeros_like(dq)
 
     def compute(kind):
-        _, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
+        _, ds = _tile_gradients(kind, tile, q, k, v, grad, statistics)
         dq[...] += flash.dot(ds, k[...], (0, 0))
 
     _for_each_kind(word, compute)
@@ -303,16 +325,16 @@ def _key_gradients(operands, work, tiling):
     of_key = jax.ShapeDtypeStruct(k.shape, k.dtype)
     sums = pltpu.VMEM((tiling.key_tile, call.H), jnp.float32)
     return call("tree_attention_key_gradients", _key_kernel, operands,
-                [call.query, call.key, call.key, call.query, call.per_query, call.per_query],
+                [call.query, call.key, call.key, call.query, call.statistics],
                 [of_key, of_key], [call.key, call.key], [sums, sums], products=4)
 
 
-def _key_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys, dk_out, dv_out, dk, dv, *,
+def _key_kernel(words, first, q, k, v, grad, statistics, query_group, keys, dk_out, dv_out, dk, dv, *,
                 tiling):
     n = pl.program_id(1)
     word = words[n]
     starts, ends = _borders(words, n)
-    at = _positions(word, first, tree_mask.column_of, tree_mask.row_of, tiling)
+    tile = _Tile(word, first, query_group, keys, tree_mask.column_of, tree_mask.row_of, tiling)
     G, q_tile, H = q.shape
 
     @pl.when(starts)
@@ -321,7 +343,7 @@ def _key_kernel(words, first, q, k, v, grad, log_sum, delta, query_group, keys, 
         dv[...] = jnp.zeros_like(dv)
 
     def compute(kind):
-        p, ds = _tile_gradients(kind, at, q, k, v, grad, log_sum, delta, query_group, keys)
+        p, ds = _tile_gradients(kind, tile, q, k, v, grad, statistics)
         dv[...] += flash.dot(p, grad[...].reshape(G * q_tile, H), (1, 0))
         dk[...] += flash.dot(ds, q[...].reshape(G * q_tile, H), (1, 0))
 
