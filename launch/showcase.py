@@ -101,7 +101,7 @@ def shown(case: Case, inputs: config_lib.InputConfig) -> report.Shown:
     truth = _truth(case, view)
     wanted, given = (generate.read_points(text, view)[0] for text in (truth, case.answer))
     if isinstance(view, types.Frames):
-        frames = list(_video_frames(case.example.video, view, wanted, given))
+        frames = list(_video_frames(case.example, view, wanted, given))
     else:
         frames = [pictures.draw(one, predicted=_marks(given, number), true=_marks(wanted, number),
                                 label=f"image {number}" if len(pixels) > 1 else "", short_side=SIDE)
@@ -112,17 +112,16 @@ def shown(case: Case, inputs: config_lib.InputConfig) -> report.Shown:
 
 def shown_track(case: Case, inputs: config_lib.InputConfig) -> report.Shown:
     """Returns a tracked clip as contact sheet and animation."""
-    path = case.example.video
     _, view = _media(case.example, inputs)
     truth = _truth(case, view)
     wanted, given = (_by_time(generate.read_points(text, view)[1]) for text in (truth, case.answer))
     times = [time for time in sorted(wanted) if time <= view.duration + 0.05] or [0.0]
-    stills = video.read(path, max_frames=len(times), seconds=np.array(times)).pixels
+    stills = _frames_at(case.example, times)
     sheet = pictures.track(stills, [given.get(time, {}) for time in times],
                            true=[wanted.get(time, {}) for time in times],
                            labels=[f"{time:.1f} s" for time in times], short_side=SIDE)
     seconds = np.arange(0, view.duration, 1 / ANIMATION_FPS)
-    moving = pictures.track(video.read(path, max_frames=len(seconds), seconds=seconds).pixels,
+    moving = pictures.track(_frames_at(case.example, seconds),
                             [_between(given, second) for second in seconds],
                             labels=[f"{second:.1f} s" for second in seconds], short_side=2 * SIDE)
     return report.Shown(
@@ -137,10 +136,18 @@ def _media(example: types.Example, inputs: config_lib.InputConfig
            ) -> tuple[Sequence[np.ndarray], types.Frames | tuple]:
     """Returns (frames or images at their own size, what answers are relative to)."""
     if example.video:
-        frames = video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps)
+        frames = video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps,
+                            clip=example.clip, tracking_fps=example.tracking_fps,
+                            max_tracking_fps=inputs.max_tracking_fps)
         return frames.pixels, frames
     pixels = [image.load(path) for path in example.images]
     return pixels, tuple(one.shape[1::-1] for one in pixels)
+
+
+def _frames_at(example: types.Example, times: Sequence[float]) -> np.ndarray:
+    """Returns uint8[N, H, W, 3]: what the example's clip shows at these seconds from its start."""
+    return video.read(example.video, max_frames=len(times), seconds=np.asarray(times),
+                      clip=example.clip).pixels
 
 
 def _truth(case: Case, view) -> str:
@@ -159,11 +166,11 @@ def _score(case: Case, view) -> float | None:
                  if name.endswith(ending)), None)
 
 
-def _video_frames(path, view, wanted, given) -> Iterator[np.ndarray]:
+def _video_frames(example, view, wanted, given) -> Iterator[np.ndarray]:
     """Yields the frames of all times that the truth or the answer names; the first frame if none is."""
     named = {point.index for point in (*wanted, *given) if 0 <= point.index <= view.duration + 0.05}
     times = sorted(named)[:MOST_FRAMES] or [0.0]
-    frames = video.read(path, max_frames=len(times), seconds=np.array(times)).pixels
+    frames = _frames_at(example, times)
     for time, pixels in zip(times, frames, strict=True):
         yield pictures.draw(pixels, predicted=_marks(given, time), true=_marks(wanted, time),
                             label=f"{time:.1f} s", short_side=SIDE)

@@ -4,11 +4,12 @@
 #   bash launch/test.sh [arguments of pytest, e.g. tests/inputs -k video]
 #
 # Creates or extends .venv at the root of the repository. Paths are relative to that root. Files of tests
-# run side by side on up to four cores; `-n 0` runs them in one process.
+# run side by side on up to four cores; `-n 0` runs them in one process. With MOLMO2_SEQIO=1 the tests that
+# need seqio and TensorFlow run too, and both are installed (0.7 GB to load, 2.3 GB on disk).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-install test
+install "test${MOLMO2_SEQIO:+,seqio}"
 cd "$ROOT"
 step "running the tests" "$PYTHON" -m pytest -q --durations=10 \
   -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -13,7 +13,7 @@ from data_pipelines.scoring import suite
 from molmo2_jax import config
 from molmo2_jax.inputs import tokenizer as tokenizers
 
-seqio = pytest.importorskip("seqio", reason='the extra is missing: pip install -e ".[test,seqio]" (3 GB)')
+seqio = pytest.importorskip("seqio", reason='the extra is missing: pip install -e ".[test,seqio]" (2.3 GB)')
 
 MODEL, INPUTS = config.nano(), config.InputConfig()
 WEIGHT = 0.25

@@ -1,5 +1,6 @@
 """The quickstart: its parts, and once all of it at the smallest sizes."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -27,6 +28,7 @@ from launch import train
 from launch import trained
 from molmo2_jax import config as config_lib
 from molmo2_jax import types
+from molmo2_jax.inputs import media
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 SMALL = ("config.VisionConfig.num_layers = 1", "config.ConnectorConfig.taps = (0,)",
@@ -145,6 +147,20 @@ def test_the_right_answer_is_drawn_with_full_score(drawn):
     truth = showcase.shown_track(case, inputs).truth
     right = showcase.shown_track(case._replace(answer=truth), inputs)
     assert right.score == pytest.approx(1.0) and len(right.animation) >= 10
+
+
+@pytest.mark.parametrize("tracking_fps", [None, 1.0])
+def test_what_is_drawn_is_what_the_model_saw_also_of_a_part_of_a_clip(drawn, tracking_fps):
+    whole = next(example for example in sources.read_jsonl(drawn / "annotations.jsonl") if example.video)
+    config, inputs = config_lib.nano(), config_lib.InputConfig(max_frames=4)
+    tokenizer = tokenizers.train_small(["0.0"], config.text.vocab_size)
+    example = dataclasses.replace(whole, clip=(0.25, 0.75), tracking_fps=tracking_fps)
+    _, seen = media.see(example, config, inputs, tokenizer)
+    pixels, view = showcase._media(example, inputs)
+    assert view.seconds.tolist() == seen.seconds.tolist() and view.duration == seen.duration == 0.5
+    later = showcase._frames_at(whole, view.seconds + 0.25)
+    assert np.array_equal(pixels, later) and np.array_equal(showcase._frames_at(example, view.seconds), later)
+    assert not np.array_equal(pixels, showcase._frames_at(whole, view.seconds))
 
 
 def test_points_of_a_track_move_evenly_between_its_times():
