@@ -5,6 +5,7 @@ waiting. There are two rules: `OldestFirst`, the default, and `Knapsack`, the re
 (olmo/data/dynamic_packer.py). Both count tokens in steps, rounded up.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -125,26 +126,30 @@ class OldestFirst:
                max_crops: int) -> list[int]:
         """Returns the places in the buffer of a row, in the order in which they are joined."""
         step, width = self._step(max_tokens), max_crops + 1
-        size, steps = max_tokens // step, [-(-t // step) for t in tokens]
-        needs = _needs(sum(steps) / size, sum(crops) / max(max_crops, 1))
+        size = max_tokens // step
+        costs = [-(-t // step) * width + c for t, c in zip(tokens, crops, strict=True)]
+        all_crops = sum(crops)
+        needs = _needs((sum(costs) - all_crops) / width / size, all_crops / max(max_crops, 1))
         at_least, at_most = _masks(size, max_crops)
+        spare = [self.waste + (self.slack if need < 1 else 0.0) for need in needs]
 
         def good(widening: float) -> int:
             """Returns the bits of the remaining budgets that a good row may leave."""
-            left = [min(1.0, widening * (self.waste + (self.slack if need < 1 else 0.0)) + 1 - need)
-                    for need in needs]
-            return ((1 << (int(left[0] * size) + 1) * width) - 1) & at_most[int(left[1] * max_crops)]
+            left_tokens = min(1.0, widening * spare[0] + 1 - needs[0])
+            left_crops = min(1.0, widening * spare[1] + 1 - needs[1])
+            return ((1 << (int(left_tokens * size) + 1) * width) - 1) & at_most[int(left_crops * max_crops)]
 
         first = int(waits[0] >= self.max_wait)
-        full = size * width + max_crops - (steps[0] * width + crops[0] if first else 0)
+        full = size * width + max_crops - (costs[0] if first else 0)
         goal, widening, reached, before = good(1.0), 1.0, 1 << full, []
-        for place in range(first, len(steps)):
-            before.append(reached)
-            fitting = reached & at_least[crops[place]] if crops[place] else reached
-            reached |= fitting >> steps[place] * width + crops[place]  # what lacks tokens falls off the end
-            if place % 8 == 7:
-                if reached & goal:
-                    break
+        for start in range(0, len(costs), 8):
+            looked = slice(start or first, start + 8)
+            for cost, c in zip(costs[looked], crops[looked]):
+                before.append(reached)  # below, what lacks tokens falls off the end
+                reached |= (reached & at_least[c] if c else reached) >> cost
+            if reached & goal:
+                break
+            if start + 8 <= len(costs):
                 widening *= _WIDENING
                 goal = good(widening)
         while not reached & goal:
@@ -152,7 +157,6 @@ class OldestFirst:
             goal = good(widening)
         hits = reached & goal
         left = (hits & -hits).bit_length() - 1  # fewest tokens, then fewest crops
-        costs = [t * width + c for t, c in zip(steps[first:], crops[first:len(before) + first])]
         return list(range(first)) + _trace(left, full, before, costs, first)
 
 
@@ -187,15 +191,15 @@ def _masks(size: int, max_crops: int) -> tuple[list[int], list[int]]:
 def _trace(left: int, full: int, before: Listing[int], costs: Listing[int], first: int) -> list[int]:
     """Returns the places of sequences that leave `left`, oldest first; of several sets one of older ones.
 
-    before[i]: what could be left by those older than i.
+    costs: of all who wait, the first of them being in the row already or not. before[i]: what could be left
+      by those older than number i of the others; these sets only grow.
     """
-    chosen = []
-    for place in range(len(before) - 1, -1, -1):
-        if left == full:
-            break
-        if not before[place] >> left & 1:
-            chosen.append(place + first)
-            left += costs[place]
+    chosen, place = [], len(before)
+    while left != full:
+        bit = 1 << left
+        place = bisect.bisect_left(before, True, hi=place, key=lambda left_before: left_before & bit != 0) - 1
+        chosen.append(place + first)
+        left += costs[place + first]
     return chosen[::-1]
 
 
