@@ -24,14 +24,15 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = 4
 BINDINGS = (f"pipeline.DataConfig.batch_rows = {DEVICES}", f"pipeline.DataConfig.streams = {DEVICES}",
             "train.TrainConfig.keep = 2")
-LIMIT = 240  # seconds within which every wait here must end
+LIMIT = 240  # seconds within which every wait must end, unless a run is given its own
 
 
 class Run:
     """One work directory, trained by any number of processes one after the other."""
 
-    def __init__(self, gin_file, workdir, bindings=()):
-        self.workdir, self.processes = pathlib.Path(workdir), []
+    def __init__(self, gin_file, workdir, bindings=(), limit=LIMIT):
+        self.workdir, self.processes, self._limit = pathlib.Path(workdir), [], limit
+        self._started = 0.0
         self._flags = [f"--gin_file={gin_file}", f"--workdir={workdir}",
                        *(f"--gin={line}" for line in (*BINDINGS, *bindings))]
 
@@ -47,7 +48,8 @@ class Run:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} "
-                         "--xla_backend_optimization_level=1"}  # most of the time is compilation
+                         "--xla_backend_optimization_level=0"}  # most of the time is compilation
+        self._started = time.time()
         with self.log.open("a") as log:
             self.processes = [subprocess.Popen(
                 [sys.executable, "-m", "launch.train", *self._flags], cwd=ROOT, stdout=log, stderr=log,
@@ -68,7 +70,7 @@ class Run:
 
     def wait(self) -> list[int]:
         """Returns the exit statuses; negative numbers are signals."""
-        until = time.monotonic() + LIMIT
+        until = time.monotonic() + self._limit
         return [process.wait(max(0.1, until - time.monotonic())) for process in self.processes]
 
     def kill(self, indices=None) -> None:
@@ -81,16 +83,16 @@ class Run:
 
     def until(self, happens) -> None:
         """Waits for happens(); RuntimeError if a process ends before that."""
-        limit = time.monotonic() + LIMIT
+        limit = time.monotonic() + self._limit
         while not happens():
             if any(process.poll() is not None for process in self.processes) or time.monotonic() > limit:
                 raise RuntimeError(f"the moment to kill never came\n{self.log.read_text()[-4000:]}")
             time.sleep(0.001)
 
     def is_saving(self, after: int) -> bool:
-        """Returns whether a checkpoint behind step `after` is being written now."""
+        """Returns whether a checkpoint behind step `after` is being written, not left over by a kill."""
         with contextlib.suppress(FileNotFoundError):
-            return any(int(path.name.split(".")[0]) > after
+            return any(int(path.name.split(".")[0]) > after and path.stat().st_mtime > self._started
                        for path in (self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
         return False
 
@@ -130,33 +132,40 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="an empty folder")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that any wait may take")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
-    gin, rng = draw(options.folder), random.Random(options.seed)
-    alone = Run(gin, options.folder / "alone")
-    alone.start(2)
-    alone.finish()
-    wanted, killed, steps = alone.record(), Run(gin, options.folder / "killed"), 0
-    print("processes  killed         at step  saved then")
-    for _ in range(options.kills):
-        count, during_save, one = rng.choice((1, 2, 4)), rng.random() < 0.5, rng.random() < 0.3
-        at = min(steps + rng.randrange(1, 6), 22)
-        killed.start(count)
-        base = (killed.saved() or [0])[-1] if killed.workdir.exists() else 0
-        if base > 18:
-            break
-        killed.until(lambda: killed.is_saving(base) if during_save else killed.steps() >= at)
-        time.sleep(0 if during_save else rng.random() * 0.3)
-        killed.kill([rng.randrange(count)] if one else None)
-        killed.wait()
-        steps = killed.steps()
-        print(f"{count:9}  {'one' if one else 'all':3} {'in a save' if during_save else 'anywhere':10} "
-              f"{steps:7}  {killed.saved()}", flush=True)
-    killed.start(2)
-    killed.finish()
+    bindings = (f"train.TrainConfig.steps = {24 + 12 * options.kills}",)  # no run ends before it is killed
+    gin = draw(options.folder)
+    alone, killed = (Run(gin, options.folder / name, bindings, options.limit) for name in ("alone", "killed"))
+    try:
+        alone.start(2)
+        alone.finish()
+        kill_often(killed, options.kills, random.Random(options.seed))
+        killed.start(2)
+        killed.finish()
+    finally:
+        alone.close()
+        killed.close()
+    wanted = alone.record()
     differing = [name for name, value in killed.record().items() if value != wanted[name]]
     print("equal in every bit" if not differing else f"DIFFERENT: {differing}")
     sys.exit(bool(differing))
+
+
+def kill_often(killed: Run, kills: int, rng: random.Random) -> None:
+    """Starts the run `kills` times, as 1, 2 or 4 processes, and kills it each time; prints what was done."""
+    print("processes  killed         at step  saved then")
+    for _ in range(kills):
+        count, during_save, one = rng.choice((1, 2, 4)), rng.random() < 0.5, rng.random() < 0.3
+        at, base = killed.steps() + rng.randrange(1, 6), (killed.saved() or [0])[-1]
+        killed.start(count)
+        killed.until(lambda: killed.is_saving(base) if during_save else killed.steps() >= at)
+        time.sleep(0 if during_save else rng.random() * 0.2)
+        killed.kill([rng.randrange(count)] if one else None)
+        killed.wait()
+        print(f"{count:9}  {'one' if one else 'all':3} {'in a save' if during_save else 'anywhere':10} "
+              f"{killed.steps():7}  {killed.saved()}", flush=True)
 
 
 if __name__ == "__main__":
