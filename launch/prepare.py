@@ -5,10 +5,12 @@
 
 Writes FOLDER/annotations.jsonl; the folder is the task's (data_pipelines/tasks.py) unless --output names one.
 Media that rows do not hold themselves must lie in FOLDER/media already, named as data_pipelines/schemas says.
-Whatever is left out is counted and listed in FOLDER/left_out.txt.
+Whatever is left out is counted and listed in FOLDER/left_out.txt. --exclude=FILE names media that must not be
+trained on because evaluations ask about them, one a line: file names, with or without suffix.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -19,6 +21,7 @@ from launch import cli
 
 _TASK = flags.DEFINE_string("task", None, "A key of data_pipelines.tasks.TASKS.")
 _PUBLISHED = flags.DEFINE_multi_string("published", [], "Files of rows; may hold wildcards and be repeated.")
+_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Files that name media to leave out, one a line.")
 for _name in ("output", "traceback"):
     flags.declare_key_flag(_name)
 _SHOWN = 3  # reasons that are printed
@@ -34,13 +37,29 @@ def main(arguments: list[str]) -> None:
     task = tasks.TASKS[_TASK.value]
     folder = pathlib.Path(cli.OUTPUT.value or task.folder)
     rows = published.rows(_PUBLISHED.value, folder)
+    exclude = _names(_EXCLUDE.value)
     folder.mkdir(parents=True, exist_ok=True)
-    number, errors = schemas.convert(task.schema, rows, folder, **dict(task.how))
+    number, errors = schemas.convert(task.schema, rows, folder, exclude, **dict(task.how))
     (folder / "left_out.txt").write_text("".join(f"{error}\n" for error in errors), encoding="utf-8")
     print(f"{folder / 'annotations.jsonl'}: {number} records; left out: {len(errors)} rows, records or "
-          "annotations")
+          f"annotations, {sum(isinstance(error, schemas.Excluded) for error in errors)} of them by --exclude")
     for error in errors[:_SHOWN]:
         print(f"  {error}")
+
+
+def _names(paths: Sequence[str]) -> set[str]:
+    """Returns the lines of files.
+
+    Raises:
+      ValueError: a file does not exist, or names nothing.
+    """
+    names = set()
+    for path in map(pathlib.Path, paths):
+        found = set(path.read_text(encoding="utf-8").split("\n")) - {""} if path.is_file() else set()
+        if not found:
+            raise ValueError(f"--exclude must be a file that names media, one a line; got {path}")
+        names |= {name.strip() for name in found}
+    return names
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from data_pipelines import sources
@@ -25,6 +25,10 @@ Row = dict[str, Any]
 Record = dict[str, Any]
 # What functions here raise for a row without a column, or with something else in it than they read.
 _BAD_ROW = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
+
+
+class Excluded(ValueError):
+    """A record left out because its media are on the list of those that must not be trained on."""
 
 
 class Schema(NamedTuple):
@@ -70,8 +74,8 @@ SCHEMAS: dict[str, Schema] = {
 }
 
 
-def convert(schema: str, rows: Iterable[Row | ValueError], folder: str | os.PathLike, **how
-            ) -> tuple[int, list[ValueError]]:
+def convert(schema: str, rows: Iterable[Row | ValueError], folder: str | os.PathLike,
+            exclude: Collection[str] = (), **how) -> tuple[int, list[ValueError]]:
     """Writes folder/annotations.jsonl, whole or not at all; returns its number of records and why others are
     left out.
 
@@ -80,19 +84,22 @@ def convert(schema: str, rows: Iterable[Row | ValueError], folder: str | os.Path
     that is an error (published.rows) counts as itself. `how` are further arguments of the schema
     (tasks.Task.how).
 
+    exclude: names of media that evaluations need, with or without folder and suffix (of images mostly the
+      SHA-256): records with one of them become an Excluded.
+
     Raises:
       ValueError: there is no such schema, or not one row fits it.
     """
     if schema not in SCHEMAS:
         raise ValueError(f"a schema must be one of {', '.join(SCHEMAS)}; got {schema!r}")
-    folder, number, errors, unfit = pathlib.Path(folder), 0, [], []
+    folder, number, errors, unfit, exclude = pathlib.Path(folder), 0, [], [], frozenset(exclude)
     if "media_folder" in how:  # is meant within the folder
         how = how | {"media_folder": folder / how["media_folder"]}
     make = functools.partial(SCHEMAS[schema].records, **how)
     part = folder / "annotations.jsonl.part"
     with open(part, "w", encoding="utf-8") as file:
         for group in _groups(schema, rows, errors, unfit):
-            for record in _records(make, group, schema, unfit):
+            for record in _admitted(_records(make, group, schema, unfit), exclude, errors):
                 for kept in _checked(record, folder, errors):
                     file.write(json.dumps(kept, ensure_ascii=False) + "\n")
                     number += 1
@@ -147,6 +154,17 @@ def _misfit(schema: str, row: Mapping, error: Exception) -> ValueError:
         return ValueError(f"rows of {schema} must have the column {error}; got {sorted(row)}")
     return ValueError(f"a row of {schema} does not fit it ({type(error).__name__}: {error}); got "
                       f"{str(row)[:200]}")
+
+
+def _admitted(records: Iterable[Record], exclude: frozenset[str], errors: list) -> Iterator[Record]:
+    """Yields the records none of whose media is excluded."""
+    for record in records:
+        paths = [pathlib.PurePath(name) for name in (record.get("video"), *record.get("images", ())) if name]
+        found = [path for path in paths if not exclude.isdisjoint((str(path), path.name, path.stem))]
+        if found:
+            errors.append(Excluded(f"{found[0]}: is on the list of media to leave out"))
+        else:
+            yield record
 
 
 def _checked(record: Record, folder: pathlib.Path, errors: list) -> Iterator[Record]:

@@ -1,5 +1,6 @@
 """Files of rows as data sets are published are read row by row, media in them become files."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -68,14 +69,27 @@ def test_names_that_match_nothing_are_refused(tmp_path):
         published.rows([tmp_path / "a.xml"], tmp_path)
 
 
+def test_media_of_evaluations_are_left_out_and_counted(tmp_path):
+    write_charts(tmp_path / "a.parquet", number=6)
+    rows = published.rows([tmp_path / "a.parquet"], tmp_path)
+    held_out = hashlib.sha256(b"picture 1").hexdigest()
+    number, errors = schemas.convert("chart_qa", rows, tmp_path, {held_out, "another"})
+    kept = sources.read_jsonl(tmp_path / "annotations.jsonl")
+    assert number == len(kept) == 4 and not [example for example in kept if held_out in example.images[0]]
+    assert [type(error) for error in errors] == [schemas.Excluded] * 2
+    assert str(errors[0]) == f"media/{held_out}.png: is on the list of media to leave out"
+
+
 def test_a_task_is_prepared_at_the_command_line(tmp_path):
     write_charts(tmp_path / "a.parquet")
+    (tmp_path / "held_out.txt").write_text(f"{hashlib.sha256(b'picture 2').hexdigest()}.png\n\nother\n")
     (tmp_path / "b.jsonl").write_text('{"query": "?"}\n')
     done = subprocess.run(
         [sys.executable, "-m", "launch.prepare", "--task=chart_qa", f"--published={tmp_path}/a.parquet",
-         f"--published={tmp_path}/b.jsonl", f"--output={tmp_path}/charts"],
+         f"--published={tmp_path}/b.jsonl", f"--exclude={tmp_path}/held_out.txt",
+         f"--output={tmp_path}/charts"],
         capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "40 records; left out: 1 rows" in done.stdout
+    assert "27 records; left out: 14 rows, records or annotations, 13 of them by --exclude" in done.stdout
     assert "must have the column" in (tmp_path / "charts/left_out.txt").read_text()
-    assert len(sources.read_jsonl(tmp_path / "charts/annotations.jsonl")) == 40
+    assert len(sources.read_jsonl(tmp_path / "charts/annotations.jsonl")) == 27
