@@ -34,6 +34,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 
 from benchmarks import attention_packs
+from benchmarks import attention_peers
 from molmo2_jax import sharding
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import tree_mask
@@ -79,13 +80,14 @@ def both_ways(function, q, k, v, grad):
     return out, pull(grad)
 
 
-def cudnn(q, k, v, mask, is_causal):
-    visible = None if is_causal else tree_mask.dense(mask)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=visible, is_causal=is_causal, implementation="cudnn")
+def cudnn(q, k, v, visible):
+    """Returns attention by cuDNN where bool[B, T, S] allows; None is causal attention."""
+    mask = None if visible is None else visible[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=visible is None, implementation="cudnn")
 
 
 def time_in_jax(attention, mask, tensors) -> tuple[float, float]:
-    """Returns milliseconds forward, and forward and backward; the plan of the mask is made before."""
+    """Returns milliseconds forward, and forward and backward, under a mask of whatever form is asked for."""
     q, k, v, grad = (jnp.asarray(x, jnp.bfloat16) for x in tensors)
     forward = jax.jit(lambda q, k, v, mask: attention(q, k, v, mask))
     both = jax.jit(lambda q, k, v, grad, mask: both_ways(lambda *x: attention(*x, mask), q, k, v, grad))
@@ -99,12 +101,7 @@ def time_flex(mask, tensors) -> tuple[float, float]:
     from torch.nn.attention import flex_attention
 
     end, group = (torch.tensor(np.asarray(x[0]), device="cuda") for x in mask)
-
-    def rule(b, h, i, j):
-        del b, h
-        return ((j <= i) & (i < end[j])) | ((group[i] == group[j]) & (group[j] >= 0))
-
-    length = end.shape[0]
+    rule, length = attention_peers.flex_rule(end, group), end.shape[0]
     blocks = flex_attention.create_block_mask(rule, None, None, length, length, device="cuda")
     run = torch.compile(functools.partial(flex_attention.flex_attention, block_mask=blocks, enable_gqa=True))
     q, k, v, grad = (torch.tensor(x.transpose(0, 2, 1, 3), device="cuda", dtype=torch.bfloat16)
@@ -117,20 +114,26 @@ def time_flex(mask, tensors) -> tuple[float, float]:
 
 
 def contenders(name):
-    """Returns {who: function of (mask, tensors) -> (forward, both) in milliseconds}."""
+    """Returns {who: function of (mask, tensors) -> (forward, both) in milliseconds}.
+
+    What each makes of the mask for all layers of a step is made before, and not timed.
+    """
     def planned(implementation, mask, tensors):
         plan = jax.jit(lambda mask: attend.plan(mask, HEADS, KV_HEADS, HEAD_DIM, implementation))(mask)
         return time_in_jax(attend.attend, plan, tensors)
 
     found = {"ours": functools.partial(planned, "pallas_gpu"), "FlexAttention": time_flex,
              "blocked": functools.partial(planned, "blocked"),
-             "cuDNN, dense bias": functools.partial(time_in_jax, functools.partial(cudnn, is_causal=False))}
+             "cuDNN, dense bias": lambda mask, tensors: time_in_jax(
+                 cudnn, jax.jit(tree_mask.dense)(mask), tensors)}
     if name == "causal":
-        found["cuDNN, causal"] = functools.partial(time_in_jax, functools.partial(cudnn, is_causal=True))
+        found["cuDNN, causal"] = lambda mask, tensors: time_in_jax(cudnn, None, tensors)
     return found
 
 
 def print_times() -> None:
+    if jax.default_backend() != "gpu":
+        raise SystemExit(f"times need an NVIDIA GPU; got {jax.default_backend()!r} (try --table=compile)")
     device = jax.devices()[0].device_kind
     print(f"{device}, {HEADS} query heads, {KV_HEADS} key heads of {HEAD_DIM}, bfloat16")
     print("| pack | tokens | density | way | fwd / fwd+bwd, ms | TFLOP/s | FlexAttention / this |")
@@ -163,7 +166,11 @@ def print_rows(name, length, pairs, times) -> None:
 
 def print_compiled() -> None:
     """Compiles one layer, forward and backward, for an H100, and prints what its kernels need."""
-    import nvidia.cuda_nvcc
+    try:
+        import nvidia.cuda_nvcc
+    except ImportError as error:
+        raise SystemExit("--table=compile needs the packages jax-cuda12-plugin and nvidia-cuda-nvcc-cu12; "
+                         f"got {error}") from error
     assembler = os.path.join(list(nvidia.cuda_nvcc.__path__)[0], "bin", "ptxas")
     os.environ["PATH"] = os.path.dirname(assembler) + os.pathsep + os.environ["PATH"]
     devices = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices

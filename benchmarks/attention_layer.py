@@ -2,7 +2,6 @@
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
@@ -18,6 +17,7 @@ from molmo2_jax.attention import tiling as tiling_lib
 from molmo2_jax.attention import tree_mask
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+jax.config.update("jax_platforms", "cpu")
 
 
 def mesh_of(topology: str):

@@ -1,4 +1,4 @@
-"""Other ways to attend on a TPU, with the signature attend(q, k, v, mask), to compare attention with."""
+"""Other ways to attend, to compare ours with: on a TPU functions attend(q, k, v, mask); a rule for a GPU."""
 
 import importlib
 
@@ -59,6 +59,14 @@ def tokamax_dense(q, k, v, mask, tile: int = 1024):
     """Returns attention of one row by tokamax's splash kernel, which is given the whole S x S mask."""
     kernel, _, config = _tokamax(tile)
     return _heads_first(kernel.make_dynamic_splash_mha(tree_mask.dense(mask)[0], config=config), q, k, v)
+
+
+def flex_rule(end, group):
+    """Returns the rule of the mask as FlexAttention calls it: (row, head, query, key) -> may it see."""
+    def rule(b, h, i, j):
+        del b, h
+        return ((j <= i) & (i < end[j])) | ((group[i] == group[j]) & (group[j] >= 0))
+    return rule
 
 
 PEERS = {"splash, causal only": splash, "tokamax, causal only": tokamax_causal,

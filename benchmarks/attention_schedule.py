@@ -1,7 +1,7 @@
 """Cycles of attention kernels on a TPU, from the compiler's schedule: by region, and for whole rows.
 
   python -m benchmarks.attention_schedule [--topology=v5p:2x2x1] [--length=16384]
-      [--contender=ours|splash|tokamax|tokamax-dense] [--tile=1024] [--schedules=FOLDER]
+      [--contender=ours|tokamax|tokamax-dense] [--tile=1024] [--schedules=FOLDER]
 
 The compiler writes the instruction bundles of a kernel; a bundle takes about a cycle, without stalls. A
 kernel is a loop of steps. One body of a few is the tile's (which one depends on the tile's mask); some run
@@ -14,7 +14,6 @@ One contender a process: the compiler takes the folder for schedules once. `--sc
 reads what is there instead of compiling again.
 """
 
-import dataclasses
 import functools
 import glob
 import os
@@ -29,62 +28,18 @@ from absl import flags
 from benchmarks import attention_layer
 from benchmarks import attention_packs
 from benchmarks import attention_peers
+from benchmarks import attention_regions
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import tree_mask
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "TPU to compile for.")
-PEERS = {"splash": attention_peers.splash, "tokamax": attention_peers.tokamax_causal,
-         "tokamax-dense": attention_peers.tokamax_dense}
+PEERS = {"tokamax": attention_peers.tokamax_causal, "tokamax-dense": attention_peers.tokamax_dense}
 _CONTENDER = flags.DEFINE_enum("contender", "ours", ["ours", *PEERS], "Whose kernels.")
 _LENGTH = flags.DEFINE_integer("length", 16_384, "Tokens of the rows that are counted.")
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows drawn of each pack.")
 _TILE = flags.DEFINE_integer("tile", 1024, "Side of a peer's tiles.")
 _SCHEDULES = flags.DEFINE_string("schedules", "", "Folder for schedules; none: a temporary one.")
 COMPILED_LENGTH = 4096  # a body does not depend on the length
-FLOPS_PER_CYCLE = 2 * 4 * 128 * 128  # of a core: four units of 128 x 128, or two of 256 x 256
-PRODUCTS = {"forward": 2, "gradients": 5}
-
-
-@dataclasses.dataclass(frozen=True)
-class Regions:
-    """Bundles of a kernel's loop: bodies of the kinds of tile in program order, of a row, of every step."""
-    kinds: tuple[int, ...]
-    row: int
-    step: int
-
-
-def read_regions(path: str) -> Regions:
-    """Returns the regions of the kernel whose final bundles are in the file.
-
-    A body is what a conditional jump skips. The kinds of tile are the bodies longer than half the longest.
-    """
-    jumps, bodies, address, start, stop = {}, [], 0, None, 0
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            if found := re.match(r"\s*0x([0-9a-f]+)\s+(LB|PF)?\s*:", line):
-                address = int(found[1], 16)
-                if found[2] == "LB" and start is None:
-                    start = address
-                if found[2] == "PF":
-                    stop = address
-                    bodies += [(jumps[n], address) for n in re.findall(r"empty region (\d+)", line)
-                               if jumps.get(n, 0) > (start or 0)]
-            if found := re.search(r"sbr\.rel.*target = \$region(\d+)", line):
-                jumps[found[1]] = address + 5  # a jump is taken after four bundles more
-    lengths = {body: body[1] - body[0] for body in bodies}
-    longest = max(x for body, x in lengths.items() if not any(_inside(other, body) for other in bodies))
-    inner = [body for body in bodies if lengths[body] <= longest and not any(
-        _inside(body, other) and lengths[other] <= longest for other in bodies)]
-    kinds = tuple(lengths[body] for body in inner if lengths[body] > longest / 2)
-    first = min(body[0] for body in inner if lengths[body] > longest / 2)
-    around = [body for body in bodies if _inside((first, first + 1), body) and lengths[body] > longest]
-    once = [body for body in inner if any(_inside(body, other) for other in around)]
-    row = sum(map(lengths.get, once)) - sum(kinds)
-    return Regions(kinds, row, stop - start - row - sum(kinds))
-
-
-def _inside(body, other) -> bool:
-    return body != other and other[0] <= body[0] and body[1] <= other[1]
 
 
 def compile_contender(topology: str, contender: str) -> None:
@@ -96,14 +51,14 @@ def compile_contender(topology: str, contender: str) -> None:
         jax.jit(functools.partial(attention_layer.both_ways, function)).lower(q, k, k, q, mask).compile()
 
 
-def read_kernels(folder: str) -> dict[str, Regions]:
-    """Returns the regions of the forward kernel and of the (fused, or several) kernels for gradients."""
+def read_kernels(folder: str) -> dict[str, attention_regions.Regions]:
+    """Returns the regions of the kernels forward and for gradients."""
     found = {}
     for path in glob.glob(f"{folder}/*-final_bundles.txt"):
         name = os.path.basename(path)
         for kind, pattern in (("forward", r"tree_attention\.|fwd"), ("gradients", r"gradients\.|dkv")):
             if re.search(pattern, name) and "schedule-analysis" not in name:
-                found[kind] = read_regions(path)
+                found[kind] = attention_regions.read_regions(path)
     return dict(sorted(found.items()))
 
 
@@ -111,21 +66,9 @@ def print_regions(kernels, tile, heads) -> None:
     print("| kernel | tile | bodies of its kinds | least cycles of the products | a row of tiles | a step |")
     print("|---" * 6 + "|")
     for name, regions in kernels.items():
-        least = least_cycles(name, tile, heads)
+        least = attention_regions.least_cycles(name, tile, heads)
         print(f"| {name} | {heads} x {tile[0]} x {tile[1]} | {' / '.join(map(str, regions.kinds))} | "
               f"{' / '.join(f'{least / x:.0%}' for x in regions.kinds)} | {regions.row} | {regions.step} |")
-
-
-def least_cycles(kernel, tile, heads) -> float:
-    return 2 * PRODUCTS[kernel] * heads * tile[0] * tile[1] * 128 / FLOPS_PER_CYCLE
-
-
-def cycles(kernel, regions, classes, tile, heads) -> float:
-    """Returns cycles of one group of `heads` for tiles of these classes, int[Q, K]; 0: not visited."""
-    kinds = regions.kinds if len(regions.kinds) == 3 else (min(regions.kinds), *[max(regions.kinds)] * 2)
-    least = least_cycles(kernel, tile, heads)
-    tiles = sum((classes == kind + 1).sum() * max(length, least) for kind, length in enumerate(kinds))
-    return tiles + (classes > 0).sum() * regions.step + classes.shape[0] * regions.row
 
 
 def print_rows(kernels, tile, heads, packs) -> None:
@@ -139,14 +82,13 @@ def print_rows(kernels, tile, heads, packs) -> None:
                  for seed in range(_ROWS.value if name != "causal" else 1)]
         pairs = np.mean([attention_packs.visible_pairs(mask) for mask in masks])
         classes = [np.asarray(classify(mask, *tile))[0] for mask in masks]
-        spent = {kernel: groups * np.mean([cycles(kernel, regions, one, tile, heads) for one in classes])
-                 for kernel, regions in kernels.items()}
-        spent["both ways"] = sum(spent.values())
-        useful = {"forward": 2, "both ways": 7}
-        shares = [2 * products * 128 * attention_layer.HEADS * pairs / spent[kernel] / FLOPS_PER_CYCLE
-                  for kernel, products in useful.items()]
-        print(f"| {name} | {' / '.join(f'{spent[kernel] / 1e6:.2f}' for kernel in useful)} | "
-              f"{' / '.join(f'{share:.0%}' for share in shares)} |", flush=True)
+        spent = {kernel: groups * np.mean([attention_regions.cycles(kernel, regions, one, tile, heads)
+                                           for one in classes]) for kernel, regions in kernels.items()}
+        forward, both = spent["forward"], sum(spent.values())
+        flops = 2 * attention_layer.HEAD_DIM * attention_layer.HEADS * pairs  # of one product
+        product = flops / attention_regions.FLOPS_PER_CYCLE
+        print(f"| {name} | {forward / 1e6:.2f} / {both / 1e6:.2f} | "
+              f"{2 * product / forward:.0%} / {7 * product / both:.0%} |", flush=True)
 
 
 def main(_) -> None:

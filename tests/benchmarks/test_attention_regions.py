@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import attention_schedule
+from benchmarks import attention_regions
 
 # A loop from 0x10 to 0x100: a branch around everything, in it a body of a row and two kinds of tile.
 BUNDLES = """
@@ -25,7 +25,7 @@ BUNDLES = """
 def regions(tmp_path):
     path = tmp_path / "1-kernel-72-final_bundles.txt"
     path.write_text(BUNDLES)
-    return attention_schedule.read_regions(str(path))
+    return attention_regions.read_regions(str(path))
 
 
 def test_bodies_of_tiles_and_of_rows_are_told_from_what_every_step_runs(regions):
@@ -35,6 +35,6 @@ def test_bodies_of_tiles_and_of_rows_are_told_from_what_every_step_runs(regions)
 
 def test_a_row_takes_its_tiles_steps_and_rows_but_no_tile_less_than_its_products(regions):
     classes = np.array([[1, 0], [2, 3]])
-    count = lambda tile: attention_schedule.cycles("forward", regions, classes, (tile, tile), heads=1)
+    count = lambda tile: attention_regions.cycles("forward", regions, classes, (tile, tile), heads=1)
     assert count(128) == max(64, 0x30) + 2 * max(64, 0x40) + 3 * regions.step + 2 * regions.row
     assert count(512) == 3 * 1024 + 3 * regions.step + 2 * regions.row
