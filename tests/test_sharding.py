@@ -15,6 +15,7 @@ from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
 from molmo2_jax import train
 from molmo2_jax.model import molmo2
+from tests import packs
 from tests import tiny
 
 TOLERANCE = 1e-5  # float32, loss and gradients of size 1
@@ -104,30 +105,49 @@ def test_rows_and_tokens_that_do_not_divide_over_the_devices_are_refused():
         sharding.check_batch(make_mesh(context=8), 4, 12)
 
 
-def loss_and_gradients(mesh):
+def loss_and_gradients(start, mesh):
     """Returns those of one train step, dropout included: an update by plain descent is the gradient."""
-    model, tx = molmo2.Molmo2(tiny.MODEL), optim.Optimiser(*optax.sgd(1.0))
+    model, tx, layout = molmo2.Molmo2(tiny.MODEL), DESCENT, sharding.of_batch(mesh, EIGHT_ROWS)
     config = train.TrainConfig(steps=1, dtype="float32", loss_chunk=10)
     with jax.set_mesh(mesh):
-        start = state_lib.create(model, tx, mesh, 0)
-        batch = sharding.put(tiny.batch(0), mesh)
-        after, measured = jax.jit(train.train_step, static_argnums=(0, 1, 2))(model, tx, config, start, batch)
+        state = jax.device_put(start, jax.tree.map(lambda x: x.sharding, state_lib.abstract(model, tx, mesh)))
+        batch = jax.device_put(EIGHT_ROWS, layout)
+        after, measured = jax.jit(train.train_step, static_argnums=(0, 1, 2))(model, tx, config, state, batch)
     return measured, jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), start.params, after.params)
 
 
+DESCENT = optim.Optimiser(*optax.sgd(1.0))
+EIGHT_ROWS = packs.random_rows(0, tiny.MODEL, 8, tiny.T, tiny.M, tiny.R)  # one for each of 8 devices
+
+
 @pytest.fixture(scope="module")
-def on_one_device():
-    return loss_and_gradients(tiny.mesh())
+def start():
+    return state_lib.create(molmo2.Molmo2(tiny.MODEL), DESCENT, tiny.mesh(), 0)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(start):
+    return loss_and_gradients(start, tiny.mesh())
 
 
 # data, fsdp, tensor, context: each axis alone and products, on 2, 4 and 8 devices. 2 key heads do not divide
 # over 4 devices, 4 crops not over 8: such axes are left out there, and nothing else changes.
-MESHES = [(2, 1, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (1, 1, 1, 8), (1, 2, 2, 1), (2, 1, 1, 4), (1, 2, 2, 2)]
+MESHES = [(2, 1, 1, 1), (8, 1, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (1, 1, 4, 1), (1, 1, 1, 8), (2, 1, 2, 1),
+          (1, 2, 2, 1), (2, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2)]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-def test_loss_and_gradients_on_a_mesh_are_those_on_one_device(sizes, on_one_device):
-    measured, grads = loss_and_gradients(tiny.mesh(*sizes))
+def test_devices_differ_in_loss_tokens(sizes):
+    mesh = tiny.mesh(*sizes)
+    placed = jax.device_put(EIGHT_ROWS.weights, sharding.of_batch(mesh, EIGHT_ROWS).weights)
+    parts = {str(shard.index): int((shard.data > 0).sum()) for shard in placed.addressable_shards}
+    assert len(parts) == mesh.size // mesh.shape["tensor"]
+    assert len(parts) == 1 or max(parts.values()) > min(parts.values())
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_loss_and_gradients_on_a_mesh_are_those_on_one_device(sizes, start, on_one_device):
+    measured, grads = loss_and_gradients(start, tiny.mesh(*sizes))
     for name, value in on_one_device[0].items():
         assert float(measured[name]) == pytest.approx(float(value), rel=TOLERANCE), name
     for path, expected in jax.tree_util.tree_leaves_with_path(on_one_device[1]):
