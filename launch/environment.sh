@@ -74,8 +74,9 @@ install() {
   else
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null ||
       fail "$VENV has no pip; remove that folder and run this again"
+    # --no-compile: Python compiles what is imported, a small part of the 15,000 files, when it is.
     step "installing the package and its dependencies into $VENV (takes a minute or two)" \
-      "$PYTHON" -m pip install -qq --disable-pip-version-check \
+      "$PYTHON" -m pip install -qq --disable-pip-version-check --no-compile \
       --editable "$ROOT${extra:+[$extra]}"
     echo "$wanted" >"$VENV/installed-$extra"
   fi
