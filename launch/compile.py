@@ -79,7 +79,8 @@ def compile_one(config, topology: str, slices: int = 1) -> aot.Report:
 
 
 def as_dict(report: aot.Report | aot_generate.Report) -> dict:
-    return dataclasses.asdict(report) | {"flops": report.flops._asdict(), "headroom": report.headroom}
+    derived = {name: getattr(report, name) for name in ("headroom", "activations") if hasattr(report, name)}
+    return dataclasses.asdict(report) | {"flops": report.flops._asdict()} | derived
 
 
 def answers_table(report: aot_generate.Report) -> str:
@@ -94,24 +95,24 @@ def answers_table(report: aot_generate.Report) -> str:
         f"  peak, writing            {gib(report.decode_peak)}, {report.headroom / aot.GIB:.2f} left",
         f"operations to read it      {report.flops.total:.4g}: no faster than {report.prefill_seconds:.3f} s",
         f"a token takes at least     {report.token_seconds * 1000:.2f} ms: all weights and keys are read",
-        f"compiled in                {report.compile_seconds:.0f} s"])
+        f"compiled in                {report.compile_seconds:.0f} s of a core"])
 
 
 def table(report: aot.Report) -> str:
     """Returns what a person reads."""
     gib = lambda size: f"{size / aot.GIB:8.2f} GiB"
     share = lambda part: f"{part:.3g} ({part / report.flops.total:.0%})"
-    activations = max(report.temporaries - report.vision, 0)
     moved = [f"  {name:24s} {gib(size)}" for name, size in sorted(report.collectives.items())]
     sizes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
     return "\n".join([
         f"{report.slices} x {report.topology}: {report.chips} chips, {sizes}; {report.rows} rows, "
-        f"remat {report.remat!r}",
+        f"remat {report.remat!r}, ViT {report.vision_remat!r}",
         "bytes per chip",
         f"  parameters               {gib(report.parameters)}",
-        f"  optimiser                {gib(report.optimiser)}",
+        f"  optimiser                {gib(report.optimiser)}"
+        + (f", and {gib(report.offloaded).strip()} in the host's memory" if report.offloaded else ""),
         f"  data                     {gib(report.data)}",
-        f"  activations, gradients   {gib(activations)}",
+        f"  activations, gradients   {gib(report.activations)}",
         f"  ViT, kept for backward   {gib(report.vision)}",
         f"  peak                     {gib(report.peak)} of {report.available / aot.GIB:.2f}, "
         f"{report.headroom / aot.GIB:.2f} left",
@@ -122,7 +123,7 @@ def table(report: aot.Report) -> str:
         "bytes moved per chip and step", *moved,
         f"no step takes less than    {report.seconds_bound:.3f} s (bounded by {report.bounded_by}); "
         f"MFU {report.mfu_bound:.1%} at most" if math.isfinite(report.mfu_bound) else "",
-        f"compiled in                {report.compile_seconds:.0f} s"])
+        f"compiled in                {report.compile_seconds:.0f} s of a core"])
 
 
 if __name__ == "__main__":

@@ -25,9 +25,10 @@ from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
 from molmo2_jax import train
 from molmo2_jax import types
-from molmo2_jax.model import molmo2
 
 GIB = 2**30
+# Widths of a patch that a layer of the ViT keeps for its backward pass; MLPs are 3.7 wide.
+KEPT_BY_VIT = {"full": 1, "attention": 1, "dots": 10, "none": 12}
 _QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8",
           "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled",
           "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # libtpu else allows one process at a time, even to compile
@@ -52,20 +53,28 @@ class Report:
     mesh: dict[str, int]
     rows: int
     remat: str
+    vision_remat: str
     parameters: int
     optimiser: int
+    offloaded: int              # the optimiser's, in the hosts' memory
     data: int
-    temporaries: int            # activations, gradients, gathered parameters
-    vision: int                 # what the ViT keeps for its backward pass, by formula; part of temporaries
-    peak: int                   # as the compiler reports it
+    temporaries: int            # activations, gradients, gathered parameters, as laid out, with gaps
+    vision: int                 # what the ViT keeps for its backward pass, by formula; part of peak
+    peak: int                   # as the compiler reports it, state and data included
     available: int
     flops: flops_lib.Flops
     hardware_flops: float       # recomputation included
-    collectives: dict[str, float]   # "ici all-gather": bytes that each chip sends or receives, a step
+    collectives: dict[str, float]   # "ici all-gather": bytes that each chip sends or receives, a step;
+                                    # "host": moments, both ways, for which the bound knows no time
     seconds_bound: float        # no step is faster
     bounded_by: str             # "compute", "ici" or "dcn"
     mfu_bound: float
-    compile_seconds: float
+    compile_seconds: float      # of processors, not of the clock: machines are shared
+
+    @property
+    def activations(self) -> int:
+        """Bytes at the peak that belong to nothing else: activations, gradients, gathered parameters."""
+        return max(self.peak - self.parameters - self.optimiser - self.data - self.vision, 0)
 
     @property
     def headroom(self) -> int:
@@ -130,7 +139,7 @@ def abstract_batch(model: config_lib.Molmo2Config, shape: dict[str, int], rows: 
 def lower(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig, shape: dict[str, int],
           rows: int, mesh):
     """Returns (the lowered train step, its abstract state and batch)."""
-    model = molmo2.Molmo2(model_config, config.dtype, config.remat, config.attention)
+    model = config.model(model_config)
     tx = optim.make(optimiser, config.steps)
     with jax.set_mesh(mesh):
         state = state_lib.abstract(model, tx, mesh)
@@ -141,21 +150,23 @@ def lower(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig,
         return step.lower(state, batch), state, batch
 
 
-def bytes_per_device(tree) -> int:
-    """Returns the bytes that one device holds of a tree of ShapeDtypeStructs with shardings."""
+def bytes_per_device(tree, on_host: bool = False) -> int:
+    """Returns the bytes that one device holds, or has in its host's memory, of a tree of ShapeDtypeStructs
+    with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves(tree))
+               for leaf in jax.tree.leaves(tree)
+               if on_host == (leaf.sharding.memory_kind not in (None, "device")))
 
 
 def compile_lowered(lowered, hints: Callable[[], list[str]]):
-    """Returns (the compiled program, seconds that took).
+    """Returns (the compiled program, seconds of processors that took).
 
     Raises:
       DoesNotFit: with `hints()`.
     """
-    began = time.monotonic()
+    began = time.process_time()
     try:
-        return lowered.compile(), time.monotonic() - began
+        return lowered.compile(), time.process_time() - began
     except jax.errors.JaxRuntimeError as error:
         sizes = re.findall(r"\(([\d.]+)G\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
@@ -176,17 +187,16 @@ def compile_step(model_config, config: train.TrainConfig, optimiser: optim.Optim
     found = devices(topology, slices)
     mesh = sharding.make_mesh(mesh_config or default_mesh(rows, len(found), slices), found)
     lowered, state, batch = lower(model_config, config, optimiser, shape, rows, mesh)
-    compiled, seconds = compile_lowered(lowered, lambda: _hints(config, shape, rows, mesh))
+    compiled, seconds = compile_lowered(lowered, lambda: _hints(config, optimiser, shape, rows, mesh))
     memory, text = compiled.memory_analysis(), compiled.as_text()
     report = _report(slice_, slices, mesh, rows, config, model_config, shape, state, batch, memory, text,
                      seconds)
     return report, text
 
 
-def _hints(config, shape, rows, mesh) -> list[str]:
-    hints = []
-    if config.remat != "full":
-        hints.append("train.TrainConfig.remat = 'full'")
+def _hints(config, optimiser, shape, rows, mesh) -> list[str]:
+    hints = [f"train.TrainConfig.{field} = 'full'" for field in ("remat", "vision_remat")
+             if getattr(config, field) not in (None, "full")]
     if config.loss_chunk > 1024:
         hints.append("train.TrainConfig.loss_chunk = 1024")
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -197,6 +207,8 @@ def _hints(config, shape, rows, mesh) -> list[str]:
         hints.append(f"context = {context} (each device then holds half as many tokens and crops)")
     if mesh.shape["data"] > 1:
         hints.append(f"fsdp = {2 * mesh.shape['fsdp']} instead of data (halves parameters and moments)")
+    if not optimiser.offload:
+        hints.append("optim.OptimConfig.offload = True (moments in the hosts' memory)")
     return [*hints, "a larger slice"]
 
 
@@ -204,18 +216,21 @@ def _report(slice_, slices, mesh, rows, config, model_config, shape, state, batc
             seconds) -> Report:
     chips = slice_.chips * slices
     model_flops = flops_lib.train_step(model_config, rows=rows, **shape)
-    hardware = model_flops.plus(flops_lib.recomputed(model_config, config.remat, rows=rows, **shape)).total
+    again = flops_lib.recomputed(model_config, config.remat, config.vision_remat, rows=rows, **shape)
+    hardware = model_flops.plus(again).total
     moved = hlo.collectives(text, mesh.size // slices)
     over = lambda network: sum(size for name, size in moved.items() if name.startswith(network))
     times = {"compute": hardware / (chips * slice_.chip.flops), "ici": over("ici") / slice_.chip.ici_rate,
              "dcn": over("dcn") / slice_.chip.dcn_rate}
     bounded_by = max(times, key=times.get)
     crops = rows * shape["M"] / mesh.size
-    v = model_config.vision
-    kept = v.num_layers if config.remat != "none" else 12 * v.num_layers
+    v, vision_remat = model_config.vision, config.vision_remat or config.remat
+    kept = v.num_layers * KEPT_BY_VIT[vision_remat]
+    offloaded = bytes_per_device(state.opt_state, on_host=True)
+    moved |= {"host": 2.0 * offloaded} if offloaded else {}
     return Report(
         topology=slice_.name, slices=slices, chips=chips, mesh=dict(mesh.shape), rows=rows,
-        remat=config.remat,
+        remat=config.remat, vision_remat=vision_remat, offloaded=offloaded,
         parameters=bytes_per_device(state.params), optimiser=bytes_per_device(state.opt_state),
         data=bytes_per_device(batch), temporaries=memory.temp_size_in_bytes,
         vision=int(crops * v.num_patches * v.width * jnp.dtype(config.dtype).itemsize * kept),

@@ -85,21 +85,21 @@ def train_step(model: config_lib.Molmo2Config, *, rows: int, T: int, M: int, R: 
     return total._replace(decoder=total.decoder - spared)
 
 
-def recomputed(model: config_lib.Molmo2Config, remat: str, *, rows: int, T: int, M: int, R: int, W: int,
-               density: float = 0.5) -> Flops:
-    """Returns what a step computes a second time under a policy of layers.REMAT_POLICIES.
+def recomputed(model: config_lib.Molmo2Config, remat: str, vision_remat: str | None = None, *, rows: int,
+               T: int, M: int, R: int, W: int, density: float = 0.5) -> Flops:
+    """Returns what a step computes a second time under policies of layers.REMAT_POLICIES.
 
     The loss always recomputes the head's product, and the connector is recomputed whole unless nothing is. A
     block's last product is not needed again, unless a norm follows it.
     """
     p = _products(model, rows * T, rows * M, rows * R, W, rows * density * T * T)
-    connector = 0.0 if remat == "none" else p.connector
-    if remat in ("none", "dots"):
-        kept = remat == "none"
-        return Flops(0.0 if kept else p.vit_attention, connector, p.head, 0.0 if kept else p.attention)
+    vit_policy, keeps_products = vision_remat or remat, ("none", "dots")
+    vit = ((0.0 if vit_policy in keeps_products else p.vit)
+           + (0.0 if vit_policy == "none" else p.vit_attention))
     blocks = p.decoder + (p.decoder_last if model.text.norm_after else 0.0)
-    return Flops(p.vit + p.vit_attention, connector, blocks + p.head,
-                 0.0 if remat == "attention" else p.attention)
+    return Flops(vit, 0.0 if remat == "none" else p.connector,
+                 p.head + (0.0 if remat in keeps_products else blocks),
+                 0.0 if remat in ("none", "attention") else p.attention)
 
 
 def mfu(flops: float, seconds: float, chips: int, chip_flops: float) -> float:

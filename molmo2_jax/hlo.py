@@ -12,6 +12,7 @@ _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
           "s64": 8, "u64": 8, "f64": 8}
 
 
+GATHER_BY_SUM = "all-gather by all-reduce"
 _MESSAGE = re.compile(r"= \((\w+)\[([\d,]*)\].*? send\(.*_xla_host_transfer_rendezvous=\"("
                       + "|".join(_KINDS) + ")")
 
@@ -31,7 +32,7 @@ class Collective:
     def traffic(self) -> float:
         """Bytes that a device sends in all, by the usual ring algorithms."""
         factor = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
-        return self.times * self.size * factor * (2 if self.kind == "all-reduce" else 1)
+        return self.times * self.size * factor * (2 if self.kind in ("all-reduce", GATHER_BY_SUM) else 1)
 
 
 def collectives(text: str, devices_per_slice: int) -> dict[str, float]:
@@ -46,9 +47,11 @@ def find_collectives(text: str, devices_per_slice: int) -> list[Collective]:
     """Returns the collectives of a compiled program; those of one device alone are left out.
 
     The compiler writes a reduce-scatter as an all-reduce in a fusion that is called all-reduce-scatter, and
-    what crosses slices as messages of each chip to the host's runtime, counted as between two slices.
+    what crosses slices as messages of each chip to the host's runtime, counted as between two slices. It may
+    also gather by a sum, of each device's part at its place among zeros: twice the traffic (GATHER_BY_SUM).
     """
     bodies = _computations(text)
+    made, callers = _definitions(bodies), _callers(bodies)
     times, found = _times(bodies), []
     for name, lines in bodies.items():
         for line in lines:
@@ -61,6 +64,8 @@ def find_collectives(text: str, devices_per_slice: int) -> list[Collective]:
             if not match or not times[name]:
                 continue
             kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
+            if kind == "all-reduce" and _origin(line, name, made, callers) == "dynamic-update-slice":
+                kind = GATHER_BY_SUM
             arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
             arrays = [(width, tuple(map(int, filter(None, dims.split(","))))) for width, dims in arrays]
             sizes = [_WIDTH.get(width, 4) * math.prod(dims) for width, dims in arrays]
@@ -86,6 +91,49 @@ def _computations(text: str) -> dict[str, list[str]]:
         elif name is not None:
             bodies[name].append(line)
     return bodies
+
+
+_OPERATION = re.compile(r"(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\((.*?)\)")
+
+
+def _definitions(bodies: dict[str, list[str]]) -> dict[tuple[str, str], str]:
+    """Returns the line that makes each value, by names of computation and value; "" is the one returned."""
+    made = {}
+    for body, lines in bodies.items():
+        for line in lines:
+            match = _OPERATION.match(line.strip())
+            if match:
+                made[body, match[1]] = line
+                made |= {(body, ""): line} if line.lstrip().startswith("ROOT") else {}
+    return made
+
+
+def _callers(bodies: dict[str, list[str]]) -> dict[str, tuple[str, str]]:
+    """Returns for each computation that is called, not looped over, (computation, line) of a caller."""
+    return {called: (body, line) for body, lines in bodies.items() if body for line in lines
+            for called in re.findall(r"calls=%?([\w.\-]+)", line)}
+
+
+def _origin(line: str, body: str, made, callers) -> str:
+    """Returns the operation that made the first operand of a line, behind those that only rearrange."""
+    def operand(line, number=0):
+        return re.findall(r"%([\w.\-]+)", _OPERATION.match(line.strip())[3])[number]
+
+    line = made.get((body, operand(line)), "")
+    while line:
+        operation = _OPERATION.match(line.strip())[2]
+        called = re.search(r"calls=%?([\w.\-]+)", line)
+        if operation in ("bitcast", "copy", "convert", "reshape", "transpose"):
+            line = made.get((body, operand(line)), "")
+        elif operation == "fusion" and called:
+            body = called[1]
+            line = made.get((body, ""), "")
+        elif operation == "parameter" and body in callers:
+            number, (body, call) = int(_OPERATION.match(line.strip())[3]), callers[body]
+            line = made.get((body, operand(call, number)), "")
+        else:
+            return operation
+    return ""
 
 
 def _times(bodies: dict[str, list[str]]) -> collections.Counter:

@@ -56,6 +56,7 @@ class OptimConfig:
     clip_norm: float = 1.0
     frozen: tuple[str, ...] = ("base_embedding",)  # top-level parameters that never change
     muon: Muon | None = None            # None: AdamW for all parameters
+    offload: bool = False               # moments wait in the hosts' memory while gradients are computed
 
     def __post_init__(self):
         unknown = set(self.frozen) - set(TOWER_OF)
@@ -113,10 +114,12 @@ def _update_rule(config: OptimConfig, tower: Tower, total: int) -> optax.Gradien
 
 
 class Optimiser(NamedTuple):
-    """An optax.GradientTransformation that knows which top-level parameters it never changes."""
+    """An optax.GradientTransformation that knows which top-level parameters it never changes, and in which
+    kind of memory its moments are kept (None: the devices' own)."""
     init: Callable
     update: Callable
     frozen: tuple[str, ...] = ()
+    memory_kind: str | None = None
 
 
 def make(config: OptimConfig, total_steps: int) -> Optimiser:
@@ -144,7 +147,23 @@ def make(config: OptimConfig, total_steps: int) -> Optimiser:
             updates.update(part)
         return {key: updates[key] for key in grads}, new_state
 
-    return Optimiser(init, update, config.frozen)
+    tx = Optimiser(init, update, config.frozen)
+    return offloaded(tx) if config.offload else tx
+
+
+def offloaded(tx: Optimiser) -> Optimiser:
+    """Returns `tx` with moments that are in the hosts' memory, except while they are updated.
+
+    Only within jit: the moments come and go with the compiled step. Counts, being scalars, stay.
+    """
+    def moved(state, place):
+        return jax.tree.map(lambda x: jax.device_put(x, place) if x.ndim else x, state)
+
+    def update(grads, state, params):
+        updates, state = tx.update(grads, moved(state, jax.memory.Space.Device), params)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return tx._replace(update=update, memory_kind="pinned_host")
 
 
 def grad_norms(grads, frozen: tuple[str, ...] = ()) -> dict:

@@ -215,6 +215,15 @@ def of_parameters(boxed, mesh: Mesh):
     return jax.tree.map(sharding, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
+def check_memory(mesh: Mesh, kind: str) -> None:
+    """Raises ValueError if the mesh's devices cannot reach memory of this kind, such as "pinned_host"."""
+    device = mesh.devices.flat[0]
+    known = sorted(memory.kind for memory in device.addressable_memories())
+    if kind not in known:
+        raise ValueError(f"optim.OptimConfig.offload needs devices that reach memory of kind {kind!r}; got "
+                         f"{device.device_kind} with {', '.join(known)}")
+
+
 class AttentionAxes(NamedTuple):
     """Mesh axes that divide attention, none where one does not divide its dimension; and into how many.
 

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import optax
 
+from molmo2_jax import optim
 from molmo2_jax import sharding
 from molmo2_jax import types
 
@@ -41,14 +41,28 @@ def abstract_params(model, mesh):
                         nn.meta.unbox(boxed), sharding.of_parameters(boxed, mesh))
 
 
-def abstract(model, tx: optax.GradientTransformation, mesh) -> TrainState:
-    """Returns the state as ShapeDtypeStructs with shardings; moments lie where their parameters lie."""
+def abstract(model, tx: optim.Optimiser, mesh) -> TrainState:
+    """Returns the state as ShapeDtypeStructs with shardings; moments lie where their parameters lie, or
+    beside, in the optimiser's kind of memory.
+
+    Raises:
+      ValueError: the devices have no such memory.
+    """
     rest = sharding.replicated(mesh)
     params = abstract_params(model, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=rest), params,
-                      _like_parameters(jax.eval_shape(tx.init, params), params, rest),
+                      _in_memory(tx.memory_kind, mesh,
+                                 _like_parameters(jax.eval_shape(tx.init, params), params, rest)),
                       jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=rest))
+
+
+def _in_memory(kind: str | None, mesh, opt_state):
+    if kind is None:
+        return opt_state
+    sharding.check_memory(mesh, kind)
+    return jax.tree.map(lambda x: x.update(sharding=x.sharding.with_memory_kind(kind)) if x.ndim else x,
+                        opt_state)
 
 
 def _like_parameters(opt_state, params, otherwise):
@@ -71,7 +85,7 @@ def _like_parameters(opt_state, params, otherwise):
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
-def create(model, tx: optax.GradientTransformation, mesh, seed: int, params=None, layout=None) -> TrainState:
+def create(model, tx: optim.Optimiser, mesh, seed: int, params=None, layout=None) -> TrainState:
     """Returns the state of step 0, placed on the mesh; from scratch, or around given parameters.
 
     `layout`: the shardings of `abstract`, where they are known already.

@@ -17,11 +17,13 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from molmo2_jax import checkpoint
+from molmo2_jax import config as config_lib
 from molmo2_jax import loss
 from molmo2_jax import optim
 from molmo2_jax import report as report_lib
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
+from molmo2_jax.model import layers
 from molmo2_jax.model import molmo2
 
 
@@ -35,7 +37,8 @@ class TrainConfig:
     response_dropout: float = 0.0      # instead of it on positions that predict an answer; 0: no difference
     loss_chunk: int = 1024             # positions whose logits exist at once
     dtype: str = "bfloat16"            # of the computation; parameters and moments are float32
-    remat: str = "full"
+    remat: str = "full"                # of decoder and connector, see layers.REMAT_POLICIES
+    vision_remat: str | None = None    # of the ViT; None: as remat
     attention: str | None = None       # implementation, see attention.attend
     log_every: int = 20
     save_every: int = 2000
@@ -50,6 +53,12 @@ class TrainConfig:
             raise ValueError(f"hang_seconds and spike must be > 0; got {self.hang_seconds}, {self.spike}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16'; got {self.dtype!r}")
+        for remat in (self.remat, self.vision_remat or self.remat):
+            layers.check_remat(remat)
+
+    def model(self, config: config_lib.Molmo2Config) -> molmo2.Molmo2:
+        """Returns the model as it is trained."""
+        return molmo2.Molmo2(config, self.dtype, self.remat, self.attention, self.vision_remat)
 
 
 def drop_rates(config: TrainConfig, weights_BT):
@@ -138,7 +147,7 @@ def fit(*, model_config, config: TrainConfig, optimiser: optim.OptimConfig, mesh
       guard.Divergence: the loss or a gradient is not finite, or the loss leapt; the step is named, its batch
         kept, and nothing is saved over older checkpoints.
     """
-    model = molmo2.Molmo2(model_config, config.dtype, config.remat, config.attention)
+    model = config.model(model_config)
     tx = optim.make(optimiser, config.steps)
     manager = checkpoint.Manager(workdir, config.keep)
     with (contextlib.closing(manager), jax.set_mesh(mesh), StopRequest() as stop,

@@ -10,6 +10,7 @@ import pytest
 
 from launch import run
 from molmo2_jax import aot
+from molmo2_jax import hlo
 
 
 def test_the_mesh_of_a_slice_has_a_row_for_each_group_of_devices():
@@ -44,6 +45,7 @@ def test_the_8b_fine_tuning_step_of_the_recipe_fits_on_128_chips(tmp_path):
     assert report["collectives"]["ici all-gather"] > 20 * aot.GIB  # weights, layer by layer
     # Sums of the head's gradient and of gradients over data; a weight gathered by sums would add 30 GiB.
     assert report["collectives"]["ici all-reduce"] < 12 * aot.GIB
+    assert "ici " + hlo.GATHER_BY_SUM not in report["collectives"]
 
 
 # Several programs in one process: starting one costs as much as compiling a nano step.
@@ -55,15 +57,16 @@ config = run.resolve(["gin_configs/runs/quickstart.gin"], ["pipeline.DataConfig.
     "train.TrainConfig.dtype = 'bfloat16'", "train.TrainConfig.remat = 'full'"])
 aot.prepare()
 said, shape = [], config.data.shape(config.model)
-two_slices = compile.compile_one(config, "v5e:2x2", slices=2)
+waiting = dataclasses.replace(config, optim=dataclasses.replace(config.optim, offload=True))
+two_slices = compile.compile_one(waiting, "v5e:2x2", slices=2)
 def one(mesh, remat):
-    train = dataclasses.replace(config.train, remat=remat)
+    train = dataclasses.replace(config.train, remat=remat, vision_remat="dots")
     return compile.compile_one(dataclasses.replace(config, train=train, mesh=mesh), "v6e:2x4")
 meshes = aot_fit.candidates(8, shape["T"], 8)
 fitted = aot_fit.search(one, meshes[1:], tries=1, seconds=600, say=said.append)
 answers = aot_generate.compile_answers(config.model, shape, "v6e:1x1", new_tokens=8, dtype="bfloat16")
 print(json.dumps([said, *map(compile.as_dict, (two_slices, fitted, answers))]))
-print(compile.table(fitted), compile.answers_table(answers), sep="\\n", file=sys.stderr)
+print(compile.table(two_slices), compile.answers_table(answers), sep="\\n", file=sys.stderr)
 """
 
 
@@ -86,9 +89,27 @@ def test_gradients_alone_cross_the_network_between_slices(nano):
 
 @needs_libtpu
 @pytest.mark.slow
+def test_offloaded_moments_take_no_memory_of_the_chip(nano):
+    report, plain, text = nano[1], nano[2], nano[4]
+    assert report["optimiser"] < 1000 < report["parameters"] < report["offloaded"]  # counts stay
+    assert report["collectives"]["host"] == 2 * report["offloaded"] and "GiB in the host's memory" in text
+    assert plain["offloaded"] == 0 < plain["parameters"] < plain["optimiser"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_no_weight_is_gathered_by_a_sum(nano):
+    for report in nano[1:3]:
+        assert report["collectives"]["ici all-gather"] > 0
+        assert not any(name.endswith(hlo.GATHER_BY_SUM) for name in report["collectives"])
+
+
+@needs_libtpu
+@pytest.mark.slow
 def test_a_search_compiles_what_may_fit_and_says_so(nano):
     said, report = nano[0], nano[2]
     assert len(said) == 1 and "remat 'full'" in said[0] and "GiB left" in said[0]
+    assert (report["remat"], report["vision_remat"]) == ("full", "dots")
     assert report["chips"] == 8 and report["mesh"]["context"] == 2 and report["headroom"] > 25 * aot.GIB
 
 

@@ -76,6 +76,22 @@ def assert_restores(manager, step, mesh=None):
     return restored
 
 
+def test_moments_move_between_the_devices_and_the_hosts_memory(manager):
+    saved, there = random_state(1), state_lib.abstract(MODEL, optim.offloaded(TX), tiny.mesh())
+    one = manager()
+    one.save(1, saved, batches_at(10))
+    one.wait()
+    moved = one.restore(there, tiny.Batches())
+    assert_equal(bits(moved), bits(saved))
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(moved.opt_state) if x.ndim} == {"pinned_host"}
+    one.save(2, moved._replace(step=saved.step + 1), batches_at(20))
+    one.wait()
+    back = one.restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches())
+    assert int(back.step) == 2
+    assert_equal(back.opt_state, saved.opt_state)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(back.opt_state)} == {"device"}
+
+
 def test_a_state_comes_back_bit_for_bit_with_its_data_position(manager):
     save(manager(), 1, 2)
     restored = assert_restores(manager(), 2)

@@ -30,10 +30,10 @@ def counted(function, params):
     return jax.jit(function).lower(params).cost_analysis()["flops"]
 
 
-def objective(remat):
+def objective(remat, vision_remat=None):
     """Returns params -> loss, its head in one chunk, which is recomputed."""
     batch = packs.random_rows(0, MODEL, B, T, M, R)
-    module = molmo2.Molmo2(MODEL, remat=remat, attention="dense")
+    module = molmo2.Molmo2(MODEL, remat=remat, attention="dense", vision_remat=vision_remat)
 
     def value(params):
         apply = lambda *args, method: module.apply({"params": params}, *args, method=method)
@@ -50,10 +50,19 @@ def test_a_forward_pass(params):
     assert expected.total == pytest.approx(counted(objective("none"), params), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_a_step_with_what_is_recomputed(remat, params):
-    expected = flops.train_step(MODEL, **SHAPE).plus(flops.recomputed(MODEL, remat, **SHAPE)).total
-    assert expected == pytest.approx(counted(jax.value_and_grad(objective(remat)), params), rel=TOLERANCE)
+@pytest.mark.parametrize("remat, vision_remat", [("none", None), ("dots", None), ("full", None),
+                                                 ("full", "dots")])
+def test_a_step_with_what_is_recomputed(remat, vision_remat, params):
+    again = flops.recomputed(MODEL, remat, vision_remat, **SHAPE)
+    step = jax.value_and_grad(objective(remat, vision_remat))
+    assert flops.train_step(MODEL, **SHAPE).plus(again).total == pytest.approx(counted(step, params),
+                                                                               rel=TOLERANCE)
+
+
+def test_each_tower_recomputes_by_its_own_policy():
+    full, mixed, dots = (flops.recomputed(MODEL, *policies, **SHAPE)
+                         for policies in (("full",), ("full", "dots"), ("dots",)))
+    assert mixed.vit == dots.vit < full.vit and mixed[1:] == full[1:]
 
 
 def test_a_kernel_whose_result_is_kept_is_not_run_again():

@@ -33,6 +33,39 @@ def test_collectives_are_read_with_their_loops_groups_and_networks():
     assert hlo.collectives(HLO, 8).keys() == {"ici all-gather", "ici reduce-scatter", "ici all-reduce"}
 
 
+GATHERS = """HloModule jit_step
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  ROOT %s = bf16[] add(%a, %b)
+}
+%placed (p0: bf16[16,32], p1: s32[]) -> bf16[64,32] {
+  %p0 = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = bf16[] constant(0)
+  %zeros = bf16[64,32]{1,0:T(8,128)(2,1)} broadcast(%zero), dimensions={}
+  %at = s32[] constant(0)
+  %update = bf16[64,32]{1,0:T(8,128)(2,1)} dynamic-update-slice(%zeros, %p0, %p1, %at)
+  ROOT %flat = bf16[2048]{0:T(1024)} bitcast(%update)
+}
+%summed (p: bf16[2048]) -> bf16[2048] {
+  %p = bf16[2048]{0:T(1024)} parameter(0)
+  ROOT %gather = bf16[2048]{0:T(1024)} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+ENTRY %main (w: bf16[16,32], g: bf16[2048], i: s32[]) -> bf16[2048] {
+  %w = bf16[16,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %g = bf16[2048]{0:T(1024)} parameter(1)
+  %i = s32[] parameter(2)
+  %whole = bf16[2048]{0:T(1024)} fusion(%w, %i), kind=kLoop, calls=%placed
+  %gathered = bf16[2048]{0:T(1024)} fusion(%whole), kind=kCustom, calls=%summed
+  ROOT %gradient = bf16[2048]{0:T(1024)} all-reduce(%g), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+
+
+def test_a_gather_that_is_written_as_a_sum_is_told_from_a_sum():
+    kinds = {one.kind: one.traffic for one in hlo.find_collectives(GATHERS, devices_per_slice=4)}
+    assert kinds == {hlo.GATHER_BY_SUM: 2 * 2 * 2048 * 3 / 4, "all-reduce": 2 * 2 * 2048 * 3 / 4}
+
+
 SEND = """ENTRY %main (a: f32[8]) -> f32[8] {
   %send = (f32[1,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %after-all), channel_id=2, \
 is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce_0"}

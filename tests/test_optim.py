@@ -106,6 +106,17 @@ def test_the_first_update_uses_a_warming_rate_in_each_tower():
 # Updates
 
 
+def test_moments_that_wait_in_the_hosts_memory_are_updated_and_put_back():
+    plain, tx = (optim.make(config(offload=offload), TOTAL) for offload in (False, True))
+    waiting = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(tx.memory_kind))
+                           if x.ndim else x, plain.init(params()))
+    layout = jax.tree.map(lambda x: x.sharding, waiting)
+    change, after = jax.jit(tx.update, out_shardings=(None, layout))(random_grads(), waiting, params())
+    expected = jax.jit(plain.update)(random_grads(), plain.init(params()), params())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (change, after), expected)
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(after) if x.ndim} == {"pinned_host"}
+
+
 def test_each_tower_is_plain_adamw_with_its_own_schedule():
     grads = [random_grads(seed) for seed in range(4)]
     ours = flat(updates(config(weight_decay=0.2, frozen=(), clip_norm=1e9), grads))

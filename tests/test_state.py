@@ -46,6 +46,23 @@ def test_moments_lie_where_their_parameters_lie(tx):
     assert moments == 2 * len(trained) - (len(kernels) if tx is MUON else 0)
 
 
+def test_offloaded_moments_lie_in_the_hosts_memory_in_the_same_parts():
+    mesh = tiny.mesh(fsdp=2, tensor=2)
+    here, there = (jax.tree.leaves(state_lib.abstract(MODEL, tx, mesh))
+                   for tx in (ADAMW, optim.offloaded(ADAMW)))
+    moved = [b for a, b in zip(here, there, strict=True) if a.sharding != b.sharding]
+    assert all(a.sharding.spec == b.sharding.spec for a, b in zip(here, there))
+    moments = jax.tree.leaves(state_lib.abstract(MODEL, ADAMW, mesh).opt_state)
+    assert len(moved) == sum(leaf.ndim > 0 for leaf in moments)
+    assert {leaf.sharding.memory_kind for leaf in moved} == {"pinned_host"}
+
+
+def test_devices_without_the_memory_for_moments_are_refused_in_a_sentence():
+    nowhere = ADAMW._replace(memory_kind="tape")
+    with pytest.raises(ValueError, match="OptimConfig.offload needs .*'tape'; got cpu with"):
+        state_lib.abstract(MODEL, nowhere, tiny.mesh())
+
+
 def test_the_state_is_made_as_it_was_announced_and_is_the_same_on_every_mesh(on_one_device):
     mesh = tiny.mesh(fsdp=2, tensor=2)
     state, abstract = state_lib.create(MODEL, ADAMW, mesh, 3), state_lib.abstract(MODEL, ADAMW, mesh)

@@ -210,14 +210,19 @@ def stacked_params(module: nn.Module, name: str, block: nn.Module, num_layers: i
     return module.param(name, init)
 
 
+def check_remat(name: str) -> None:
+    """Raises ValueError unless this is the name of a policy."""
+    if name not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of {tuple(REMAT_POLICIES)}; got {name!r}")
+
+
 def run_stack(body: Callable, carry, xs, remat: str):
     """Scans `body(carry, x) -> (carry, y)` over the leading axis of `xs`, rematerialised by policy name.
 
     A list `xs` is gone through unrolled, as it is, and `y` becomes a list. Without remat all activations are
     kept anyway, and a loop would only copy them: the scan is unrolled.
     """
-    if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat must be one of {tuple(REMAT_POLICIES)}; got {remat!r}")
+    check_remat(remat)
     if isinstance(xs, list):
         ys = []
         for x in xs:

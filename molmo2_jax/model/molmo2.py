@@ -36,12 +36,14 @@ class Molmo2(nn.Module):
     """The model. `embed` and `decode` are its two halves, `logits` the head, `__call__` all of them."""
     config: config_lib.Molmo2Config
     dtype: str = "float32"          # of the computation; parameters stay float32
-    remat: str = "full"
+    remat: str = "full"             # of decoder and connector, see layers.REMAT_POLICIES
     attention: str | None = None    # implementation, see attention.attend
+    vision_remat: str | None = None     # of the ViT; None: as remat
 
     def setup(self):
         c, t = self.config, self.config.text
-        self.vision = vision.VisionTransformer(c.vision, c.connector.taps, self.dtype, self.remat)
+        self.vision = vision.VisionTransformer(c.vision, c.connector.taps, self.dtype,
+                                               self.vision_remat or self.remat)
         recomputed = connector.Connector if self.remat == "none" else nn.remat(connector.Connector)
         self.connector = recomputed(c.connector, t.width, self.dtype)
         self.text = text.Decoder(t, self.dtype, self.remat, self.attention)

@@ -3,6 +3,7 @@
 import collections
 import functools
 import importlib.util
+import math
 import re
 
 import flax.linen as nn
@@ -22,7 +23,6 @@ from molmo2_jax import train
 from molmo2_jax import types
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import tree_mask
-from molmo2_jax.model import molmo2
 from molmo2_jax.model import text
 from tests import packs
 from tests import tiny
@@ -95,7 +95,7 @@ MODEL = config_lib.Molmo2Config(
 def lowered_train_step(devices, **fields):
     """Returns the train step of a small model over one row of 2048 tokens, lowered for these devices."""
     config = train.TrainConfig(steps=1, loss_chunk=64, **fields)
-    model = molmo2.Molmo2(MODEL, config.dtype, config.remat, config.attention)
+    model = config.model(MODEL)
     tower = optim.Tower(lr=1e-3, warmup=1)
     tx = optim.make(optim.OptimConfig(vit=tower, connector=tower, llm=tower), config.steps)
     rows = packs.random_rows(0, MODEL, 1, LENGTH, M=4, R=16)
@@ -140,8 +140,11 @@ def test_the_compiled_decoder_runs_each_kernel_once_and_holds_nothing_quadratic(
     with jax.set_mesh(mesh("v5e:2x2")):
         lowered = jax.jit(jax.grad(loss)).lower(params, *jax.tree.map(array, inputs))
     compiled = lowered.compile()
-    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 2
+    text_of_it = compiled.as_text()
+    assert text_of_it.count('custom_call_target="tpu_custom_call"') == 2
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * length ** 2  # scores of one head
+    shapes = [[int(x) for x in shape.split(",")] for shape in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text_of_it)]
+    assert length in map(max, shapes) and max(map(math.prod, shapes)) < length ** 2
 
 
 def test_the_work_list_is_made_once_for_all_layers():
