@@ -87,7 +87,7 @@ class Run:
         while not happens():
             if any(process.poll() is not None for process in self.processes) or time.monotonic() > limit:
                 raise RuntimeError(f"the moment to kill never came\n{self.log.read_text()[-4000:]}")
-            time.sleep(0.001)
+            time.sleep(0.003)
 
     def is_saving(self, after: int) -> bool:
         """Returns whether a checkpoint behind step `after` is being written, not left over by a kill."""

@@ -23,11 +23,11 @@ def make(world, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_killed_in_a_save_go_on_bit_for_bit(make):
+def test_four_processes_killed_in_a_save_go_on_as_two_bit_for_bit(make):
     alone, killed = make("alone"), make("killed")
     alone.start(2)
     alone.finish()
-    killed.start(2)
+    killed.start(4)
     killed.until(lambda: killed.saved() == [3] and killed.is_saving(3))
     killed.kill()
     killed.start(2)
