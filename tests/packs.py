@@ -58,7 +58,7 @@ def random_params(config: config_lib.Molmo2Config, seed: int = 0) -> dict:
             # A tied head multiplies by the table: its logits stay about 1.
             embedding = 1.25 * config.text.width ** -0.5 if config.text.tied_head else 0.5
             noise *= {"bias": 0.2, "head": config.text.width ** -0.5}.get(kind, embedding)
-        flat[path] = noise.astype(np.float32)
+        flat[path] = noise.astype(np.float32, copy=False)
     return weights.unflatten(flat)
 
 

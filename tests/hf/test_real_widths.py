@@ -18,14 +18,21 @@ peer = pytest.importorskip("molmo2_jax.hf.peer")
 TOLERANCE = 2e-5  # float32; measured 9e-6 on logits of size 6
 
 
+WHOLE_PICTURES = "molmo2_4b"  # all have one ViT: its 729 patches are compared once, otherwise 81 of its
+
+
 def shallow(preset):
-    """Two layers of each tower, and a small vocabulary."""
+    """Two layers of each tower, a small vocabulary, and small pictures but for one preset."""
     config = getattr(config_lib, preset)()
     text = dataclasses.replace(config.text, num_layers=2, vocab_size=1000)
     if text.yarn:
         text = dataclasses.replace(text, yarn=dataclasses.replace(text.yarn, layers=(1,)))
+    vision = dataclasses.replace(config.vision, num_layers=2)
+    if preset != WHOLE_PICTURES:
+        assert config.vision == getattr(config_lib, WHOLE_PICTURES)().vision
+        vision = dataclasses.replace(vision, image_size=9 * vision.patch_size)
     return dataclasses.replace(
-        config, text=text, vision=dataclasses.replace(config.vision, num_layers=2),
+        config, text=text, vision=vision,
         connector=dataclasses.replace(config.connector, taps=(1, 0)))
 
 

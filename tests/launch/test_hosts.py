@@ -25,7 +25,8 @@ def test_a_variable_that_says_anything_else_is_refused(value, monkeypatch):
 
 def train(world, workdir, processes, *flags):
     """Runs launch.train as real processes of one device each through tpu_run.sh; returns (status, output)."""
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(run.ROOT), "STOP_SECONDS": "20"}
+    environment = os.environ | {"XLA_FLAGS": test_train.ONE_DEVICE, "PYTHONPATH": str(run.ROOT),
+                                "STOP_SECONDS": "20"}
     done = subprocess.run(
         ["bash", str(run.ROOT / "launch/tpu_run.sh"), f"--local={processes}", "--", sys.executable, "-m",
          "launch.train", f"--gin_file={world[0]}", f"--workdir={workdir}",

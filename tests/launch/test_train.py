@@ -27,6 +27,7 @@ from molmo2_jax import metrics
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 STEPS, SAVE_EVERY = 24, 3
+ONE_DEVICE = "--xla_backend_optimization_level=0"  # one real device; most of the time is compilation
 GIN = """
 from __gin__ import dynamic_registration
 from data_pipelines import pipeline
@@ -144,7 +145,7 @@ def world(tmp_path_factory):
 
 def command(world, workdir, *flags):
     """Starts launch.train on one device."""
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(run.ROOT)}
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(run.ROOT)}
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen([sys.executable, "-m", "launch.train", f"--gin_file={world[0]}",
                                  f"--workdir={workdir}", *flags],
