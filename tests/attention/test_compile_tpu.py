@@ -140,10 +140,11 @@ def test_the_compiled_decoder_runs_each_kernel_once_and_holds_nothing_quadratic(
     with jax.set_mesh(mesh("v5e:2x2")):
         lowered = jax.jit(jax.grad(loss)).lower(params, *jax.tree.map(array, inputs))
     compiled = lowered.compile()
-    text_of_it = compiled.as_text()
-    assert text_of_it.count('custom_call_target="tpu_custom_call"') == 2
+    program = compiled.as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') == 2
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * length ** 2  # scores of one head
-    shapes = [[int(x) for x in shape.split(",")] for shape in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", text_of_it)]
+    shapes = [[int(x) for x in found.split(",")]
+              for found in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
     assert length in map(max, shapes) and max(map(math.prod, shapes)) < length ** 2
 
 
