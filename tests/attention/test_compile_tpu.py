@@ -144,7 +144,7 @@ def test_the_compiled_decoder_runs_each_kernel_once_and_holds_nothing_quadratic(
     assert program.count('custom_call_target="tpu_custom_call"') == 2
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * length ** 2  # scores of one head
     shapes = [[int(x) for x in found.split(",")]
-              for found in re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program)]
+              for found in re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", program)]
     assert length in map(max, shapes) and max(map(math.prod, shapes)) < length ** 2
 
 
