@@ -29,6 +29,8 @@ _REQUIRES = [
     "tqdm>=4.66,<5",
 ]
 
+_PARQUET = "pyarrow>=18,<27"
+
 _EXTRAS = {
     # torch and transformers are the reference that exported checkpoints are compared with. libtpu compiles
     # for TPUs that are not there; it is the version that jax 0.10.2 asks for.
@@ -36,7 +38,7 @@ _EXTRAS = {
         "hypothesis>=6.100,<7",
         "iscc-samples==0.6.0",   # one real clip in 21 containers
         "libtpu==0.0.42.1; platform_machine == 'x86_64'",
-        "pyarrow>=18,<27",
+        _PARQUET,
         "pytest>=9,<10",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.12,<0.18",
@@ -47,10 +49,10 @@ _EXTRAS = {
         "transformers==5.23.0",
     ],
     "tpu": ["gcsfs>=2024.2", "jax[tpu]>=0.10,<0.11"],
-    "parquet": ["pyarrow>=18,<27"],
     "seqio": ["seqio>=0.0.20,<0.1"],
     "demo": ["gradio>=5,<7"],
-    "prepare": ["apache-beam>=2.66,<3"],
+    "prepare": [_PARQUET],             # launch.prepare reads published rows with it
+    "beam": ["apache-beam>=2.66,<3"],  # for launch.prepare on many machines; nothing uses it yet
 }
 
 setuptools.setup(

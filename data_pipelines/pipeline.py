@@ -135,7 +135,8 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
     _require(not missing, "data folders must hold annotations.jsonl", missing)
     examples, errors = {}, {}
     for member in members:
-        examples[member.task], errors[member.task] = _load(member.task, known[member.task].folder)
+        examples[member.task], errors[member.task] = sources.read_folder(known[member.task].folder,
+                                                                         source=member.task)
     sizes = {task: len(found) for task, found in examples.items()}
     rates = [tasks.rates(mixture, sizes) for mixture in mixtures]
     lessons = [(start, [shares.get(task, 0.0) for task in sizes])
@@ -148,16 +149,6 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
         num_templates=data.num_templates, weights=data.weights, is_pretraining=data.is_pretraining)
     mine = number // shard_count
     return Batches(data, preparer, errors, number, range(shard_index * mine, (shard_index + 1) * mine))
-
-
-def _load(task: str, folder: str) -> tuple[list[types.Example], list[ValueError]]:
-    """Returns the examples of a folder, and one error per line that breaks the format."""
-    path = pathlib.Path(folder) / "annotations.jsonl"
-    examples, errors = sources.read_jsonl_collecting(path, source=task)
-    if not examples:
-        raise ValueError(f"a data folder must hold a record that can be used; got none in {path}"
-                         + (f", the first because {errors[0]}" if errors else ""))
-    return examples, errors
 
 
 class Batches(grain.IterDataset):

@@ -4,7 +4,7 @@ Rows come one at a time; of a parquet file no more is held than a few rows of it
 inside rows are written into the folder of the task and the row names the file instead. What cannot be read is
 yielded as an error in its place, so that schemas.convert counts it.
 
-Parquet needs the extra `parquet` (pyarrow).
+Parquet needs the extra `prepare` (pyarrow).
 """
 
 import csv
@@ -74,7 +74,7 @@ def _parquet(path: str) -> Iterator[dict | ValueError]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"{path}: parquet files need pyarrow: pip install 'molmo2_jax[parquet]'") from None
+        raise ValueError(f"{path}: parquet files need pyarrow: pip install -e '.[prepare]'") from None
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):

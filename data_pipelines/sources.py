@@ -1,7 +1,8 @@
 """Reads annotations.jsonl: one record per line, validated to the last field (docs/data_format.md).
 
 Whatever the format does not know or allow is refused with file, line, field, rule and value. `read_jsonl`
-stops at the first such record; `read_jsonl_collecting` returns the good ones and the list of refusals.
+stops at the first such record; `read_jsonl_collecting` returns the good ones and the list of refusals, and
+`read_folder` does so for data that must be of use.
 
 In the Examples returned, media are absolute paths, defaults of the record are copied into its annotations,
 and times are relative to the start of the clip.
@@ -54,6 +55,21 @@ def read_jsonl_collecting(path: str | os.PathLike, *,
     items = list(_read(path, source))
     errors = [item for item in items if isinstance(item, ValueError)]
     return [item for item in items if isinstance(item, types.Example)], errors
+
+
+def read_folder(folder: str | os.PathLike, *,
+                source: str = "") -> tuple[list[types.Example], list[ValueError]]:
+    """Returns what read_jsonl_collecting does, of the annotations.jsonl in a data folder.
+
+    Raises:
+      ValueError: no record can be used.
+    """
+    path = pathlib.Path(folder) / "annotations.jsonl"
+    examples, errors = read_jsonl_collecting(path, source=source)
+    if not examples:
+        raise ValueError(f"a data folder must hold a record that can be used; got none in {path}"
+                         + (f", the first because {errors[0]}" if errors else ""))
+    return examples, errors
 
 
 def _read(path, source) -> Iterator[types.Example | ValueError]:

@@ -352,15 +352,17 @@ def make_example(folder: str, config: WorldConfig, seed: int, split: str, has_ma
 
 
 def write(folder: str | os.PathLike, config: WorldConfig, seed: int, num_examples: int, split: str, *,
-          workers: int = 1, has_masks: bool | None = None, progress: bool = True) -> pathlib.Path:
+          workers: int = 1, has_masks: bool | None = None, progress: bool = True,
+          replace: bool = True) -> pathlib.Path:
     """Returns the path of folder/split/annotations.jsonl; writes it and its media unless they are complete.
 
     Args:
       has_masks: write the visible mask of every object at every grid time, for scoring; None: unless the
         split is called "train".
+      replace: draw anew what is complete but has other settings.
 
     Raises:
-      ValueError: the folder holds something other than an earlier writing of a world.
+      ValueError: the folder holds something other than an earlier writing of a world, or one that must stay.
     """
     root = pathlib.Path(folder) / split
     target, label = root / "annotations.jsonl", root / "world.json"
@@ -371,6 +373,8 @@ def write(folder: str | os.PathLike, config: WorldConfig, seed: int, num_example
         raise ValueError(f"the folder of a split must be empty or written by this function; got {root}")
     if target.exists() and label.read_text() == written:
         return target
+    if target.exists() and not replace:
+        raise ValueError(_other(root, json.loads(label.read_text()), json.loads(written)))
     (root / "media").mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     label.write_text(written)
@@ -382,6 +386,14 @@ def write(folder: str | os.PathLike, config: WorldConfig, seed: int, num_example
             lines.write(json.dumps(record) + "\n")
     partial.rename(target)
     return target
+
+
+def _other(root: pathlib.Path, there: dict, wanted: dict) -> str:
+    """Returns a sentence about a folder whose settings are not the wanted ones."""
+    there, wanted = ({**one.pop("config"), **one} for one in (there, wanted))
+    differ = ", ".join(f"{name} is {there.get(name)}, not {value}" for name, value in wanted.items()
+                       if there.get(name) != value)
+    return f"a complete folder is not drawn anew: remove it or name another; in {root} {differ}"
 
 
 def _map(make, number: int, workers: int):

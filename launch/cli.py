@@ -20,12 +20,12 @@ from launch import run
 from molmo2_jax import files
 
 _GIN_FILE = flags.DEFINE_multi_string(
-    "gin_file", [], "File that describes the run, relative to the root of the repository; may be "
-    "repeated, later ones win. Default: the config.gin of --workdir.")
+    "gin_file", [], "File that describes the run, relative to the root of the repository; later ones win. "
+    "Default, of commands with --workdir: the config.gin in there")
 _GIN = flags.DEFINE_multi_string(
     "gin", [], "One binding that wins over the files, such as "
-    "--gin='config.ConnectorConfig.video_window = (4, 4)'; may be repeated.")
-_WORKDIR = flags.DEFINE_string(
+    "--gin='config.ConnectorConfig.video_window = (4, 4)'")
+WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics and config.gin.")
 _TRACEBACK = flags.DEFINE_bool(
     "traceback", False, "Show where in the code a mistake was noticed.")
@@ -33,6 +33,7 @@ _TRACEBACK = flags.DEFINE_bool(
 
 # Flags that several commands have; each declares the ones it reads as its own (declare_key_flag).
 MODEL = flags.DEFINE_string("model", None, "Work directory of a run, or a Hugging Face folder.")
+DATA = flags.DEFINE_multi_string("data", [], "Folder with annotations.jsonl (docs/data_format.md)")
 OUTPUT = flags.DEFINE_string("output", None, "Folder or file to write.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest answer.", lower_bound=1)
 DTYPE = flags.DEFINE_enum(
@@ -51,9 +52,9 @@ def start(main: Callable[[list[str]], None], argv: list[str] | None = None) -> N
 
 def workdir(default: pathlib.Path | None = None) -> pathlib.Path:
     """Returns --workdir or the default. Raises ValueError if there is neither."""
-    if not (_WORKDIR.value or default):
+    if not (WORKDIR.value or default):
         raise ValueError("--workdir must name the folder of the run")
-    given = _WORKDIR.value or default
+    given = WORKDIR.value or default
     return files.path(given) if files.is_remote(given) else pathlib.Path(given)
 
 
@@ -70,10 +71,10 @@ def resolve(*needed: str) -> run.RunConfig:
     """
     files = gin_files()
     if not files:
-        saved = workdir().resolve() / record.NAME
-        if not saved.is_file():
-            raise ValueError(f"--gin_file must be given, or --workdir hold a {record.NAME}; "
-                             f"got {saved.parent}")
+        saved = workdir().resolve() / record.NAME if WORKDIR.value else None
+        if not (saved and saved.is_file()):
+            raise ValueError("--gin_file must be given, such as one of gin_configs/runs, or --workdir hold a "
+                             f"{record.NAME}; got " + (f"--workdir={WORKDIR.value}" if saved else "neither"))
         files = [saved]
     run_config = run.resolve(files, _GIN.value)
     missing = [name for name in needed if getattr(run_config, name) is None]
@@ -82,6 +83,28 @@ def resolve(*needed: str) -> run.RunConfig:
         raise ValueError(f"this command needs bindings for {names}; the files of gin_configs/runs "
                          f"have them; got {', '.join(map(str, files))}")
     return run_config
+
+
+def output_file(path: str) -> pathlib.Path:
+    """Returns the path of a file to be written at the end of the work; makes its folder.
+
+    Raises:
+      ValueError: it is a folder, or may not be written. OSError: its folder cannot be made.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        raise ValueError(f"the file to write must not be a folder; got {path}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"the file to write must lie where this user may write; got {path}")
+    return file
+
+
+def data() -> list[str]:
+    """Returns the folders of --data. Raises ValueError if there is none."""
+    if not DATA.value:
+        raise ValueError("--data must name at least one folder with annotations.jsonl")
+    return DATA.value
 
 
 def no_arguments(arguments: list[str]) -> None:

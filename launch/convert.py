@@ -2,14 +2,15 @@
 
   python -m launch.convert export --model=runs/mine --output=hf/mine
   python -m launch.convert import --model=hf/mine --output=runs/imported
-  python -m launch.convert assemble --gin_file=gin_configs/models/molmo2_4b.gin --text=hf/Qwen3-4B \
-      --vision=hf/siglip2 --output=runs/start
+  python -m launch.convert assemble --gin_file=gin_configs/models/molmo2_4b.gin \\
+      --text=hf/Qwen3-4B-Instruct-2507 --vision=hf/siglip2-so400m-patch14-384 --output=runs/start
   python -m launch.convert verify --hf=hf/mine --against=runs/mine
 
 export writes config.json, safetensors, tokenizer and processor files that transformers loads; import
 writes a work directory that launch.generate and launch.evaluate take, and training starts from. assemble
-writes one from a Qwen3 or OLMo 3 decoder and a SigLIP2 ViT, everything between them drawn from --seed.
-verify prints one line per check and exits with 1 if one fails.
+writes one from a decoder (of the 4B Qwen3-4B-Instruct-2507, of the 8B Qwen3-8B, of the O-7B
+Olmo-3-7B-Instruct) and a SigLIP2 ViT, everything between them drawn from --seed. verify prints one line
+per check and exits with 1 if one fails.
 """
 
 import pathlib
@@ -56,6 +57,7 @@ def export_model() -> None:
     hf_checkpoint.export_checkpoint(source.params, source.model, source.inputs, source.tokenizer, output,
                                     dtype=cli.DTYPE.value, overwrite=_OVERWRITE.value,
                                     code_from=_CODE_FROM.value or source.code)
+    _tell(output, f"python -m launch.convert verify --hf={output} --against={cli.MODEL.value}")
 
 
 def import_model() -> None:
@@ -64,6 +66,7 @@ def import_model() -> None:
     checkpoint.save_params(str(output), source.params)
     remote_code.write(remote_code.read(source.code), output / remote_code.NAME)
     _save_settings(output, source.tokenizer, run.RunConfig(model=source.model, inputs=source.inputs))
+    _tell(output, f"python -m launch.generate --model={output} --image=FILE --prompt='What is this?'")
 
 
 def assemble() -> None:
@@ -71,6 +74,8 @@ def assemble() -> None:
     tokenizer = tokenizers.Tokenizer.from_file(text, config.model.text.vocab_size)
     checkpoint.save_params(str(output), towers.assemble(text, vision, config.model, cli.SEED.value))
     _save_settings(output, tokenizer, run.RunConfig(model=config.model, inputs=config.inputs))
+    _tell(output, "python -m launch.train --gin_file=gin_configs/runs/RUN.gin --workdir=FOLDER "
+          f"--init_from={output}")
 
 
 def verify() -> None:
@@ -97,6 +102,12 @@ def _new_folder() -> pathlib.Path:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output must be empty or not exist; got {output}")
     return output
+
+
+def _tell(output: pathlib.Path, following: str) -> None:
+    """Prints what was written, its size, and a command that uses it."""
+    sizes = [path.stat().st_size for path in output.rglob("*") if path.is_file()]
+    print(f"wrote {output}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB\nnext: {following}")
 
 
 def _save_settings(output: pathlib.Path, tokenizer: tokenizers.Tokenizer, config: run.RunConfig) -> None:

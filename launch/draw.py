@@ -4,7 +4,8 @@
   python -m launch.draw --world=full --output=runs/full/data --split=heldout --examples=256 --seed=2
 
 Writes OUTPUT/SPLIT/annotations.jsonl and its media; docs/data_format.md describes them. Splits other than
-train get the masks that scores need. A folder that is complete is left as it is.
+train get the masks that scores need. A folder that is complete is left as it is, and
+refused if it was drawn with other settings.
 """
 
 from absl import flags
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> None:
     with workers.hidden_main():
         world, _ = synthetic.WORLDS[WORLD.value]
         path = synthetic.write(cli.OUTPUT.value, world(), cli.SEED.value, _EXAMPLES.value,
-                               _SPLIT.value, workers=_WORKERS.value)
+                               _SPLIT.value, workers=_WORKERS.value, replace=False)
     print(path)
 
 

@@ -15,6 +15,7 @@ likely tokens, then --seed decides the draw.
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Iterable, Sequence
 
 from absl import flags
@@ -27,12 +28,13 @@ from molmo2_jax import render
 from molmo2_jax import types
 
 _VIDEO = flags.DEFINE_string("video", None, "Any video FFmpeg reads.")
-_IMAGE = flags.DEFINE_multi_string("image", [], "An image; may be repeated.")
-_PROMPT = flags.DEFINE_multi_string("prompt", [], "A question; may be repeated.")
-_RENDER = flags.DEFINE_string("render", None, "File that receives the points drawn on the frames.")
+_IMAGE = flags.DEFINE_multi_string("image", [], "An image")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "A question")
+_RENDER = flags.DEFINE_string(
+    "render", None, f"File that receives the points drawn on the frames: {', '.join(render.SUFFIXES)}.")
 _JSON = flags.DEFINE_bool("json", False, "Print text, points and timings as JSON, a line per question.")
 _STREAM = flags.DEFINE_bool("stream", False, "Print the text while it is written.")
-_STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer before it; may be repeated.")
+_STOP = flags.DEFINE_multi_string("stop", [], "A text that ends the answer before it")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.", lower_bound=0.0)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Draw among this many most likely tokens; 0: all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Draw among the fewest tokens that reach this probability.")
@@ -44,12 +46,7 @@ for _name in ("model", "max_new_tokens", "seed", "dtype", "traceback"):
 
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
-    if not (cli.MODEL.value and _PROMPT.value):
-        raise ValueError("--model and --prompt are needed (--help explains them)")
-    if _VIDEO.value and _IMAGE.value:
-        raise ValueError("a question is about one --video or about --image files; got both")
-    if _STREAM.value and _JSON.value:
-        raise ValueError("--stream prints text and --json whole answers; got both")
+    _check_flags()
     sampling = decode.Sampling(temperature=_TEMPERATURE.value, top_k=_TOP_K.value, top_p=_TOP_P.value,
                                seed=cli.SEED.value)
     source = trained.load(cli.MODEL.value)
@@ -67,6 +64,27 @@ def main(arguments: list[str]) -> None:
     if _RENDER.value:
         points = tuple(point for answer in answers for point in answer.points)
         render.save_answer(dataclasses.replace(answers[0], points=points), _RENDER.value, **media)
+
+
+def _check_flags() -> None:
+    """Raises ValueError for what can be seen before a large model is read."""
+    if not (cli.MODEL.value and _PROMPT.value):
+        raise ValueError("--model and --prompt are needed (--help explains them)")
+    if not all(map(str.strip, _PROMPT.value)):
+        raise ValueError("--prompt must be a question; got an empty one")
+    media = [*_IMAGE.value, *([] if _VIDEO.value is None else [_VIDEO.value])]
+    if _VIDEO.value and _IMAGE.value:
+        raise ValueError("a question is about one --video or about --image files; got both")
+    if _STREAM.value and _JSON.value:
+        raise ValueError("--stream prints text and --json whole answers; got both")
+    for path in media:
+        if not pathlib.Path(path).is_file():
+            raise ValueError(f"--video and --image must name files; found none at {path!r}")
+    if _RENDER.value:
+        if not media:
+            raise ValueError("--render draws on a --video or on --image files; got neither")
+        render.suffix(_RENDER.value)
+        cli.output_file(_RENDER.value)
 
 
 def heading(prompt: str, prompts: Sequence[str]) -> str:

@@ -4,6 +4,7 @@
   python -m launch.prepare --task=chart_qa --published='downloads/chartqa/train-*.parquet' --output=charts
 
 Writes FOLDER/annotations.jsonl; the folder is the task's (data_pipelines/tasks.py) unless --output names one.
+Parquet files need pyarrow: pip install -e '.[prepare]' in the folder of the repository.
 Media that rows do not hold themselves must lie in FOLDER/media already, named as data_pipelines/schemas says.
 Whatever is left out is counted and listed in FOLDER/left_out.txt. --exclude=FILE names media that must not be
 trained on because evaluations ask about them, one a line: file names, with or without suffix.
@@ -20,8 +21,8 @@ from data_pipelines import tasks
 from launch import cli
 
 _TASK = flags.DEFINE_string("task", None, "A key of data_pipelines.tasks.TASKS.")
-_PUBLISHED = flags.DEFINE_multi_string("published", [], "Files of rows; may hold wildcards and be repeated.")
-_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Files that name media to leave out, one a line.")
+_PUBLISHED = flags.DEFINE_multi_string("published", [], "Files of rows; may hold wildcards")
+_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Files that name media to leave out, one a line")
 for _name in ("output", "traceback"):
     flags.declare_key_flag(_name)
 _SHOWN = 3  # reasons that are printed

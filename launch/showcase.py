@@ -262,4 +262,4 @@ def commands(workdir: str, examples: Sequence[types.Example], spelt: Callable[[s
         f"{ask} --prompt={shlex.quote(f'Point to the {label}.')} --render=out.png",
         f"{ask} --prompt={shlex.quote(f'Track the {label}.')} --render=out.gif",
         f"{ask} --prompt={shlex.quote(f'How many {label} are there in the video?')} --json",
-        f"{python} -m launch.evaluate --workdir={workdir} --data={workdir}/data/heldout"))
+        f"{python} -m launch.evaluate --model={workdir} --data={workdir}/data/heldout"))

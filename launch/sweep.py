@@ -1,8 +1,8 @@
 """Trains the arms of an experiment, and gathers what came out.
 
-  python -m launch.sweep --gin_file=gin_configs/runs/quickstart.gin --workdir=runs/pooling --jobs=2 \
+  python -m launch.sweep --gin_file=gin_configs/runs/quickstart.gin --workdir=runs/pooling --jobs=2 \\
       --axis='config.ConnectorConfig.video_window=[(2, 2), (3, 3)]' --axis='train.TrainConfig.seed=[0, 1, 2]'
-  python -m launch.sweep --arm=gin_configs/ablations/pool_4x4.gin --arm=gin_configs/runs/quickstart.gin \
+  python -m launch.sweep --arm=gin_configs/ablations/pool_4x4.gin --arm=gin_configs/runs/quickstart.gin \\
       --workdir=runs/ablations
   python -m launch.sweep summary --workdir=runs/pooling
 
@@ -31,8 +31,8 @@ from launch import run
 from molmo2_jax import metrics
 from molmo2_jax.render import report
 
-_AXIS = flags.DEFINE_multi_string("axis", [], "FIELD=[VALUE, ...]; may be repeated.")
-_ARM = flags.DEFINE_multi_string("arm", [], "gin file that is an arm of its own; may be repeated.")
+_AXIS = flags.DEFINE_multi_string("axis", [], "FIELD=[VALUE, ...]")
+_ARM = flags.DEFINE_multi_string("arm", [], "gin file that is an arm of its own")
 _ZIP = flags.DEFINE_bool("zip", False, "Take the axes' values in step instead of all combinations.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Arms trained at a time.", lower_bound=1)
 _THROUGH = flags.DEFINE_string("through", "", "Command in front of each arm's own, {name} its name.")

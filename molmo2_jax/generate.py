@@ -50,7 +50,8 @@ class Question:
 class Answer:
     """What the model said, and what can be read from it.
 
-    points: of all tags; index is the image number (from 1) or the time in seconds; pixels of the source.
+    points: of all tags; index is the image number (from 1) or, if is_video, the time in seconds; pixels of
+      the source.
     tracks: of <tracks> tags, by time.
     is_complete: whether EOS or a stop string ended the answer, within the limit of new tokens; the text ends
       before either.
@@ -63,11 +64,14 @@ class Answer:
     new_tokens: int = 0
     is_complete: bool = True
     logprob: float = 0.0
+    is_video: bool = False
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __str__(self):
-        lines = [f"  {point.id} at ({point.x:.0f}, {point.y:.0f}), {point.index:g}" for point in self.points]
-        return "\n".join([self.text, *lines])
+        where = "{:g} s" if self.is_video else "image {:g}"
+        return "\n".join([self.text, *(
+            f"  {point.id} at ({point.x:.0f}, {point.y:.0f}), {where.format(point.index)}"
+            for point in self.points)])
 
 
 class Piece(NamedTuple):
@@ -312,7 +316,7 @@ class Answerer:
         return Answer(
             text=text, points=found, tracks=tracks, is_complete=bool(answers.ended[row, q]),
             prompt_tokens=int(prompt.tree.positions[prompt.last[q]]) + 1, new_tokens=length,
-            logprob=float(answers.logprob[row, q]),
+            logprob=float(answers.logprob[row, q]), is_video=isinstance(prompt.view, types.Frames),
             seconds={"read": prompt.read_seconds, "answer": seconds})
 
 

@@ -179,11 +179,12 @@ def test_points_come_in_pixels_and_seconds_of_the_source(tmp_path, monkeypatch):
     saying(monkeypatch, '<points coords="0.5 1 500 250;1.0 2 000 1000">dog</points>')
     answer = answerer().answer(example(video=write_video(tmp_path / "a.mp4")), ["Point."])[0]
     assert answer.points == ((0.5, "1", 32.0, 12.0), (1.0, "2", 0.0, 48.0)) and answer.tracks == ()
-    assert answer.is_complete and "1 at (32, 12), 0.5" in str(answer)
+    assert answer.is_complete and "\n  1 at (32, 12), 0.5 s\n" in str(answer)
     saying(monkeypatch, '<points coords="1 1 500 500;2 2 100 100;3 3 100 100">dog</points>')
     two = (write_image(tmp_path / "a.png"), write_image(tmp_path / "b.png", size=(40, 20)))
-    found = answerer().answer(example(images=two), ["Point."])[0].points
-    assert found == ((1, "1", 40.0, 25.0), (2, "2", 2.0, 4.0))  # there is no third image
+    answer = answerer().answer(example(images=two), ["Point."])[0]
+    assert answer.points == ((1, "1", 40.0, 25.0), (2, "2", 2.0, 4.0))  # there is no third image
+    assert str(answer).endswith("\n  1 at (40, 25), image 1\n  2 at (2, 4), image 2")
 
 
 def test_tracks_come_with_frames_of_the_source(tmp_path, monkeypatch):

@@ -15,6 +15,14 @@ _SHORT_SIDE = 480     # pixels, of frames read for drawing, at most
 _CLOSE = 1e-3         # seconds between a point's time and a frame that are the same
 
 
+def suffix(path: str) -> str:
+    """Returns the suffix of a picture to write. Raises ValueError if it is none of SUFFIXES."""
+    found = pathlib.Path(path).suffix.lower()
+    if found not in SUFFIXES:
+        raise ValueError(f"--render must end in one of {', '.join(SUFFIXES)}; got {path!r}")
+    return found
+
+
 def save_answer(answer, path: str, *, video: str | None = None, images: Sequence[str] = (),
                 fps: float = 8.0) -> None:
     """Draws the points of a generate.Answer on its media and writes them to `path`.
@@ -25,13 +33,11 @@ def save_answer(answer, path: str, *, video: str | None = None, images: Sequence
     Raises:
       ValueError: the suffix is none of SUFFIXES, or the media cannot be read.
     """
-    suffix = pathlib.Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"--render must end in one of {', '.join(SUFFIXES)}; got {path!r}")
+    kind = suffix(path)
     by_index: dict[float, list[pictures.Mark]] = {}
     for point in answer.points:
         by_index.setdefault(point.index, []).append((point.id, point.x, point.y))
-    if video is not None and suffix in (".gif", ".mp4"):
+    if video is not None and kind in (".gif", ".mp4"):
         drawn, rate = _play(video, by_index, fps), fps
     elif video is not None:
         drawn, rate = _stills(video, by_index), 1.0
@@ -40,7 +46,7 @@ def save_answer(answer, path: str, *, video: str | None = None, images: Sequence
                                label=f"image {number}" if len(images) > 1 else "")
                  for number, one in enumerate(images, 1)]
         rate = 1.0
-    _write(path, suffix, drawn, rate)
+    _write(path, kind, drawn, rate)
 
 
 def _write(path: str, suffix: str, drawn: list[np.ndarray], fps: float) -> None:

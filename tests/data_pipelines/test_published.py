@@ -69,6 +69,13 @@ def test_names_that_match_nothing_are_refused(tmp_path):
         published.rows([tmp_path / "a.xml"], tmp_path)
 
 
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    write_charts(tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"need pyarrow: pip install -e '.\[prepare\]'"):
+        next(published.rows([tmp_path / "a.parquet"], tmp_path))
+
+
 def test_media_of_evaluations_are_left_out_and_counted(tmp_path):
     write_charts(tmp_path / "a.parquet", number=6)
     rows = published.rows([tmp_path / "a.parquet"], tmp_path)

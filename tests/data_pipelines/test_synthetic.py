@@ -194,6 +194,8 @@ def test_a_complete_folder_is_left_alone_and_a_foreign_one_refused(tmp_path):
     path = write(tmp_path, number=2)
     before = path.stat().st_mtime_ns
     assert write(tmp_path, number=2).stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="remove it or name another; .* num_examples is 2, not 3$"):
+        write(tmp_path, number=3, replace=False)
     assert len(write(tmp_path, number=3).read_text().splitlines()) == 3
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("not to be overwritten")

@@ -105,7 +105,7 @@ def test_parts_that_a_command_needs_and_the_files_lack_are_named(capsys):
 
 
 def test_a_run_needs_a_gin_file_or_a_workdir_that_has_one(capsys, tmp_path):
-    assert "--workdir must name" in refused(capsys, lambda _: cli.resolve())
+    assert refused(capsys, lambda _: cli.resolve()).startswith("error: --gin_file must be given")
     assert str(tmp_path) in refused(capsys, lambda _: cli.resolve(), f"--workdir={tmp_path}")
 
 
@@ -117,7 +117,26 @@ MAINS = [path for path in sorted((run.ROOT / "launch").glob("*.py"))
 def test_every_main_shows_how_it_is_called_and_starts_only_as_a_command(path):
     tree = ast.parse(path.read_text())
     assert f"python -m launch.{path.stem}" in ast.get_docstring(tree)
+    text = tree.body[0]
+    assert text.value.value.count("\n") == text.end_lineno - text.lineno, "a backslash eats the end of a line"
     assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    cli.start(main)"
+
+
+def test_help_of_flags_that_repeat_leaves_it_to_absl_to_say_so():
+    texts = [ast.unparse(node.args[-1]) for path in (run.ROOT / "launch").glob("*.py")
+             for node in ast.walk(ast.parse(path.read_text()))
+             if isinstance(node, ast.Call) and "DEFINE_multi_" in ast.unparse(node.func)]
+    assert len(texts) > 5
+    assert not [text for text in texts if text[-2] == "." or "repeated" in text]
+
+
+def test_a_file_to_write_is_refused_before_the_work(tmp_path):
+    assert cli.output_file(f"{tmp_path}/new/scores.json").parent.is_dir()
+    with pytest.raises(ValueError, match="must not be a folder"):
+        cli.output_file(str(tmp_path))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        cli.output_file(f"{tmp_path}/file/scores.json")
 
 
 def test_help_explains_the_command_and_its_flags(tmp_path):

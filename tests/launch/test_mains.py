@@ -15,6 +15,7 @@ from PIL import Image
 from data_pipelines import formats
 from data_pipelines import masks
 from data_pipelines import sources
+from launch import check
 from launch import cli
 from launch import convert
 from launch import evaluate
@@ -113,32 +114,80 @@ def test_generate_answers_several_questions_and_streams_what_it_prints(model_fol
     (["--prompt=Where?"], "--model and --prompt are needed"),
     (["--model=MODEL", "--prompt=Where?", "--video=a.mp4", "--image=a.png"], "got both"),
     (["--model=/nowhere", "--prompt=Where?"], "got /nowhere"),
+    (["--model=/nowhere", "--prompt=Where?", "--prompt= "], "got an empty one"),
     (["--model=MODEL", "--prompt=Where?", "--image=/nowhere.png"], "/nowhere.png"),
     (["--model=MODEL", "--prompt=Where?", "--video=/nowhere.mp4"], "/nowhere.mp4"),
+    (["--model=/nowhere", "--prompt=Where?", "--image=/nowhere.png"], "/nowhere.png"),  # before the model
+    (["--model=/nowhere", "--prompt=Where?", "--image=IMAGE", "--render=a.bmp"], "must end in one of .png"),
+    (["--model=/nowhere", "--prompt=Where?", "--render=a.png"], "--render draws on a --video or"),
+    (["--model=/nowhere", "--prompt=Where?", "--image=IMAGE", "--render=IMAGE/a.png"], "a.png"),
     (["--model=MODEL", "--prompt=Where?", "--temperature=-1"], "temperature"),
     (["--model=MODEL", "--prompt=Where?", "--top_p=2"], "top_p must be in (0, 1]"),
     (["--model=MODEL", "--prompt=Where?", "--stop="], "stop must be"),
     (["--model=MODEL", "--prompt=Where?", "--stream", "--json"], "--json whole answers; got both"),
 ])
-def test_generate_answers_mistakes_with_one_sentence(arguments, words, model_folder, capsys):
-    arguments = [one.replace("MODEL", str(model_folder)) for one in arguments]
+def test_generate_answers_mistakes_with_one_sentence(arguments, words, model_folder, data_folder, capsys):
+    arguments = [one.replace("MODEL", str(model_folder)).replace("IMAGE", str(data_folder / "a.png"))
+                 for one in arguments]
     assert start(generate.main, *arguments) == cli.USER_ERROR
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ") and words in message
 
 
 def test_evaluate_prints_and_writes_scores(model_folder, data_folder, tmp_path, capsys):
-    output = tmp_path / "scores.json"
-    assert start(evaluate.main, f"--workdir={model_folder}", f"--data={data_folder}", "--rows=1",
+    output, folder = tmp_path / "scores.json", tmp_path / "data"
+    shutil.copytree(data_folder, folder)
+    with open(folder / "annotations.jsonl", "a", encoding="utf-8") as lines:
+        lines.write("not JSON\n")
+    assert start(evaluate.main, f"--model={model_folder}", f"--data={folder}", "--rows=1",
                  "--max_new_tokens=4", f"--output={output}") == 0
-    scores = json.loads(output.read_text())[str(data_folder)]
+    scores = json.loads(output.read_text())[str(folder)]
     assert scores["image_point_examples"] == scores["choice_examples"] == scores["qa_examples"] == 1
-    assert f"{data_folder}: 3 answers" in capsys.readouterr().out
+    assert scores["records_left_out"] == 1
+    told = capsys.readouterr().out
+    assert f"{folder}: 3 answers" in told and f"left out: {folder}/annotations.jsonl:2: record: must" in told
 
 
-def test_exporting_what_was_imported_changes_no_weight(model_folder, tmp_path):
+@pytest.mark.parametrize("arguments, words", [
+    (["--model=MODEL"], "--data must name"),
+    (["--data=DATA"], "--model must name"),
+    (["--data=DATA", "--model=MODEL", "--workdir=MODEL"], "say the same"),
+    (["--data=/nowhere", "--model=MODEL"], "/nowhere/annotations.jsonl"),
+    (["--data=DATA", "--workdir=/nowhere"], "got /nowhere"),
+    (["--data=DATA", "--model=/nowhere", "--output=DATA"], "must not be a folder"),
+])
+def test_evaluate_answers_mistakes_with_one_sentence(arguments, words, model_folder, data_folder, capsys):
+    arguments = [one.replace("MODEL", str(model_folder)).replace("DATA", str(data_folder))
+                 for one in arguments]
+    assert start(evaluate.main, *arguments) == cli.USER_ERROR
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ") and words in message
+
+
+def test_check_lists_all_that_training_would_leave_out(data_folder, tmp_path, capsys):
+    assert start(check.main, f"--data={data_folder}") == 0
+    assert "1 records with 4 annotations" in capsys.readouterr().out
+    folder = tmp_path / "data"
+    shutil.copytree(data_folder, folder)
+    (folder / "b.png").write_text("no picture")
+    outside = {"type": "points", "label": "dot", "points": [{"x": 64.5, "y": 20}]}
+    with open(folder / "annotations.jsonl", "a", encoding="utf-8") as lines:
+        lines.write("not JSON\n")
+        for name, annotations in (("b.png", ANNOTATIONS[2:3]), ("a.png", [outside])):
+            lines.write(json.dumps({"images": [name], "annotations": annotations}) + "\n")
+    assert start(check.main, f"--data={folder}") == 1
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith("3 problems") and len(told) == 4
+    for line, words in zip(told[1:], (":2: record: must", ":3: ", ":4: annotations[0]"), strict=True):
+        assert f"{folder}/annotations.jsonl{words}" in line
+    assert start(check.main, f"--data={folder}", "--nomedia") == 1
+    assert "1 problems" in capsys.readouterr().out
+
+
+def test_exporting_what_was_imported_changes_no_weight(model_folder, tmp_path, capsys):
     output = tmp_path / "again"
     assert start(convert.main, "export", f"--model={model_folder}", f"--output={output}") == 0
+    assert f"wrote {output}: " in capsys.readouterr().out
     before, after = trained.load(model_folder), trained.load(output)
     assert (before.model, before.inputs) == (after.model, after.inputs)
     jax.tree.map(np.testing.assert_array_equal, before.params, after.params)
