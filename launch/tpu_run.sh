@@ -2,26 +2,41 @@
 # Runs a command on every machine of a TPU slice, and brings it to its end.
 #
 #   launch/tpu_run.sh --name=sft --type=v5p-256 --zone=us-east5-a --project=mine --version=v2-alpha-tpuv5 \
-#       -- python -m launch.train --gin_file=gin_configs/runs/sft_8b.gin --workdir=/mnt/disk/sft
+#       --setup='MOUNT /mnt/disk && ln -sfn /mnt/disk/data /mnt/disk/pretrained .' \
+#       -- python -m launch.train --gin_file=gin_configs/runs/sft_8b.gin --workdir=/mnt/disk/sft \
+#          --init_from=/mnt/disk/pretrain
+#   launch/tpu_run.sh status|logs|stop|delete --name=sft
 #
 # Creates the slice as a queued resource, waits for it, copies the code of this folder, installs it, starts the
 # command on all machines and prints their output, each line behind the machine it came from. The command goes on
 # if this script or its connection ends; calling the script again goes on wherever it stopped. A command that ends
-# with status 75 has saved and wants to be started again, as launch.train does upon SIGTERM.
+# with status 75 has saved and wants to be started again, as launch.train does upon SIGTERM: that is done at once,
+# and is no failure.
 #
-#   launch/tpu_run.sh status|logs|stop|delete --name=... --zone=... --project=...
+# Copied is what git tracks or would add, to ~/NAME/code of every machine, where the command runs. Not copied is
+# what .gitignore names (data/, pretrained/, hf/, runs/, .venv/) and every linked folder: what the command reads
+# and writes must lie on a disk that all machines share. docs/pods.md tells more.
 #
-#   --slices=N       several slices, joined over the data centre network
+# To run, with defaults in brackets:
+#   --name, --zone, --project, --version    needed; the version is the machines' image, such as v2-alpha-tpuv5
+#   --type           needed; the cloud's name of a slice: v5p-256 has 128 chips
+#   --slices=N       several slices, joined over the data centre network (1)
 #   --spot           machines that may be taken away; the slice is then asked for again and the command repeated
+#   --setup=LINE     shell line for every machine, in ~/NAME/code, before each start: mounts disks, makes links
+#   --env=NAME=VALUE for the command; may be repeated
 #   --retries=N      how often a command that fails on healthy machines is started again (0)
 #   --delete         deletes the slice when the command has ended well
-#   --env=NAME=VALUE for the command; may be repeated
 #   --logs=FOLDER    where output is kept (runs/logs)
 #   --dry_run        prints the commands for the cloud instead
-#   --jobset         the same job as a JobSet for GKE, applied with kubectl; --image=IMAGE holds code and packages
-#   --local=N        N processes on this machine instead, joined by jax.distributed
+#   --local=N        N processes on this machine instead, joined by jax.distributed; needs none of the above
+#   --jobset         the same job as a JobSet for GKE, applied with kubectl; needs --name, --type and --image only.
+#                    Runs no --setup; with --spot any failure is a restart, at most 1,000 (else --retries)
+#   --image=IMAGE    for --jobset: a container with this code, its packages and "python" (docs/pods.md)
+#   --claim=C:FOLDER for --jobset: mounts the PersistentVolumeClaim C, a disk that all machines share
 #
-# --type is the cloud's name of a slice: v5p-256 has 128 chips. Needs gcloud (or kubectl), logged in.
+# status, logs, stop and delete take the rest from FOLDER/NAME/job where the run was started from here. Elsewhere
+# all need --zone and --project (a JobSet: --jobset only), --slices if there are several, and logs --type. All
+# take --dry_run. Needs gcloud (or kubectl), logged in.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -30,17 +45,19 @@ AGAIN=75    # the command saved and wants to be started again
 LOST=254    # a machine is gone
 
 parse() {
-  ACTION=run NAME="" TYPE="" ZONE="" PROJECT="" VERSION="" SLICES=1 SPOT="" RETRIES=0 DELETE="" LOGS=runs/logs
-  DRY="" JOBSET="" IMAGE="" LOCAL="" ENVIRONMENT=() COMMAND=()
+  ACTION=run NAME="" TYPE="" ZONE="" PROJECT="" VERSION="" SLICES="" SPOT="" RETRIES=0 DELETE="" LOGS=runs/logs
+  DRY="" JOBSET="" IMAGE="" CLAIM="" LOCAL="" SETUP="" ENVIRONMENT=() COMMAND=()
   case "${1:-}" in run | status | logs | stop | delete) ACTION="$1" && shift ;; esac
   while (($#)); do
     case "$1" in
       --name=*) NAME="${1#*=}" ;; --type=*) TYPE="${1#*=}" ;; --zone=*) ZONE="${1#*=}" ;;
       --project=*) PROJECT="${1#*=}" ;; --version=*) VERSION="${1#*=}" ;; --slices=*) SLICES="${1#*=}" ;;
       --retries=*) RETRIES="${1#*=}" ;; --logs=*) LOGS="${1#*=}" ;; --image=*) IMAGE="${1#*=}" ;;
-      --local=*) LOCAL="${1#*=}" ;; --env=*) ENVIRONMENT+=("${1#*=}") ;;
+      --local=*) LOCAL="${1#*=}" ;; --setup=*) SETUP="${1#*=}" ;; --claim=*) CLAIM="${1#*=}" ;;
+      --env=*) ENVIRONMENT+=("${1#*=}") ;;
       --spot) SPOT=1 ;; --delete) DELETE=1 ;; --dry_run) DRY=1 ;; --jobset) JOBSET=1 ;;
-      --name | --type | --zone | --project | --version | --slices | --retries | --logs | --image | --local | --env)
+      --name | --type | --zone | --project | --version | --slices | --retries | --logs | --image | --local | --env | \
+        --setup | --claim)
         (($# > 1)) || fail "$1 must have a value"
         set -- "$1=$2" "${@:3}"
         continue ;;
@@ -51,9 +68,10 @@ parse() {
     shift
   done
   [[ "$ACTION" != run ]] || ((${#COMMAND[@]})) || fail "a command must follow --; see --help"
-  [[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || fail "--slices must be a number >= 1; got $SLICES"
+  [[ -z "$SLICES" || "$SLICES" =~ ^[1-9][0-9]*$ ]] || fail "--slices must be a number >= 1; got $SLICES"
   [[ "$RETRIES" =~ ^[0-9]+$ ]] || fail "--retries must be a number; got $RETRIES"
   [[ -z "$LOCAL" || "$LOCAL" =~ ^[1-9][0-9]*$ ]] || fail "--local must be a number >= 1; got $LOCAL"
+  [[ -z "$CLAIM" || "$CLAIM" == ?*:/* ]] || fail "--claim must be CLAIM:FOLDER; got $CLAIM"
 }
 
 require() {
@@ -61,15 +79,33 @@ require() {
   for name in "$@"; do
     [[ -n "${!name}" ]] || fail "--${name,,} must be given; see --help"
   done
-  [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$ ]] ||
-    fail "--name must be lower-case letters, digits and dashes, at most 32; got $NAME"
 }
 
-# Reads CHIP TOPOLOGY CHIPS HOSTS CHIPS_PER_HOST GKE of --type.
+# Writes down what the other words need of a run; recall takes what was not given from there.
+remember() {
+  local name
+  [[ -z "$DRY" ]] || return 0
+  mkdir -p "$LOGS/$NAME"
+  for name in TYPE ZONE PROJECT SLICES JOBSET; do echo "$name ${!name}"; done >"$LOGS/$NAME/job"
+}
+
+recall() {
+  local name value
+  require NAME
+  [[ "$NAME" =~ ^[a-z]([-a-z0-9]{0,30}[a-z0-9])?$ ]] ||
+    fail "--name must be lower-case letters, digits and dashes, at most 32; got $NAME"
+  if [[ "$ACTION" != run && -f "$LOGS/$NAME/job" ]]; then
+    while read -r name value; do [[ "${!name}" ]] || printf -v "$name" %s "$value"; done <"$LOGS/$NAME/job"
+  fi
+  SLICES="${SLICES:-1}"
+}
+
+# Reads CHIP TOPOLOGY CHIPS HOSTS CHIPS_PER_HOST GKE of --type, which becomes the cloud's name.
 read_type() {
   local found
   found="$("$(find_python)" "$ROOT/molmo2_jax/chips.py" "$TYPE")" || exit 1
-  read -r CHIP TOPOLOGY CHIPS HOSTS CHIPS_PER_HOST GKE <<<"$found"
+  read -r CHIP TOPOLOGY CHIPS HOSTS CHIPS_PER_HOST GKE TYPE <<<"$found"
+  [[ "$CHIP" != tpu7x || "$JOBSET" ]] || fail "TPU7x is reached through GKE only: --jobset --image=...; got $TYPE"
 }
 
 say() { echo "== $*" >&2; }
@@ -132,7 +168,7 @@ gcloud_tpu() { gcloud compute tpus "$@" "--zone=$ZONE" "--project=$PROJECT" --qu
 # Runs or shows a command that changes something.
 change() { if [[ "$DRY" ]]; then show gcloud compute tpus "$@" "--zone=$ZONE" "--project=$PROJECT" --quiet; else gcloud_tpu "$@"; fi; }
 
-# Prints the state of the queued resource, NONE if there is none.
+# Prints the state of the queued resource, NONE if there is none; fails with gcloud's error if it cannot know.
 state() {
   local problem="$TEMPORARY/problem"
   if [[ "$DRY" ]]; then
@@ -161,16 +197,19 @@ create() {
 }
 
 delete() {
-  [[ "$(state)" == NONE ]] || change queued-resources delete "$NAME" --force
+  local now
+  now="$(state)" || exit 1
+  [[ "$now" == NONE ]] || change queued-resources delete "$NAME" --force || exit 1
   [[ "$DRY" ]] && return
-  until [[ "$(state)" == NONE ]]; do sleep "$POLL"; done
+  while now="$(state)" || exit 1; [[ "$now" != NONE ]]; do sleep "$POLL"; done
+  rm -f "$LOGS/$NAME/job"
 }
 
 # Returns once all machines are there; makes them if they are not.
 ensure() {
   local now before="" failures=0
   while true; do
-    now="$(state)"
+    now="$(state)" || exit 1
     [[ "$now" == "$before" ]] || say "queued resource $NAME: $now"
     before="$now"
     case "$now" in
@@ -189,8 +228,12 @@ on_all() { change tpu-vm ssh "$1" --worker=all "--command=$2"; }
 
 archive() {
   local path
+  git -C "$ROOT" rev-parse --git-dir &>/dev/null || fail "what is copied is what git lists: $ROOT must be a repository"
   git -C "$ROOT" ls-files -z --cached --others --exclude-standard |
-    while IFS= read -rd '' path; do if [[ -f "$ROOT/$path" ]]; then printf '%s\0' "$path"; fi; done |
+    while IFS= read -rd '' path; do
+      if [[ -f "$ROOT/$path" ]]; then printf '%s\0' "$path"; fi
+      if [[ -d "$ROOT/$path" ]]; then say "not copied: $path, a link to a folder"; fi
+    done |
     tar --directory="$ROOT" --null --files-from=- --create --sort=name --mtime=@0 --owner=0 --group=0 --numeric-owner |
     gzip --no-name >"$TEMPORARY/code.tar.gz"
   cp "$ROOT/launch/tpu_worker.sh" "$TEMPORARY/"
@@ -205,6 +248,7 @@ prepare() {
     on_all "$node" "mkdir -p $NAME" || return 1
     change tpu-vm scp "$TEMPORARY/code.tar.gz" "$TEMPORARY/tpu_worker.sh" "$node:$NAME/" --worker=all || return 1
     on_all "$node" "bash $NAME/tpu_worker.sh unpack \$HOME/$NAME/code.tar.gz $HASH" || return 1
+    [[ -z "$SETUP" ]] || on_all "$node" "cd $NAME/code && ($SETUP)" || return 1
   done
 }
 
@@ -220,12 +264,20 @@ start() {
   for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh start ${line% }" || return 1; done
 }
 
+# Prints what the command does on each machine; "lost" and gcloud's error, and fails, where that is not known.
 status() {
-  local node
-  for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh status 2>/dev/null || echo nothing" || echo lost; done
+  local node code=0
+  for node in $(nodes); do
+    on_all "$node" "bash $NAME/tpu_worker.sh status 2>/dev/null || echo nothing" || { echo lost && code=1; }
+  done
+  return "$code"
 }
 
-stop_all() { local node; for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh stop" || true; done; }
+stop_all() {
+  local node code=0
+  for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh stop" || code=1; done
+  return "$code"
+}
 
 is_there() { [[ "$(gcloud_tpu tpu-vm describe "$1" '--format=value(state)' 2>/dev/null)" == READY ]]; }
 
@@ -244,7 +296,7 @@ follow() {
     if [[ "$last" == "== the job ended with status "* ]]; then return "${last##* }"; fi
     [[ "$last" != "== no job was started here" ]] || return "$LOST"
     is_there "$1" || return "$LOST"
-    say "the connection to $label broke; connecting again"
+    say "the connection to $label broke; connecting again ($(tail -n 1 "$log.ssh"))"
     sleep "$POLL"
   done
 }
@@ -270,6 +322,7 @@ follow_all() {
 run_on_tpu() {
   local code failures=0
   trap 'STOPPING=1' TERM INT
+  remember
   while true; do
     ensure
     code=0
@@ -290,10 +343,27 @@ run_on_tpu() {
   [[ -z "$DELETE" ]] || delete
 }
 
+# The words status and logs: what the cloud and, if there are machines, these say.
+watch_job() {
+  local now
+  [[ "$ACTION" == status ]] || require TYPE
+  now="$(state)" || exit 1
+  say "queued resource $NAME: $now"
+  if [[ "$ACTION" == status ]]; then
+    [[ "$now" != ACTIVE ]] || status
+  else
+    [[ "$now" == ACTIVE ]] || fail "there is no machine to read from: the queued resource $NAME is $now"
+    read_type
+    follow_all
+  fi
+}
+
 # ---- GKE ----
 
 quoted() { "$(find_python)" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@"; }
 
+# A pod that ends with status 75 has saved: its job fails by the pods' policy, upon which all are started again. Any
+# other failure counts as one of maxRestarts; GKE does not tell a lost machine from a command that fails.
 jobset() {
   local variable
   cat <<END
@@ -304,6 +374,8 @@ metadata:
 spec:
   failurePolicy:
     maxRestarts: $((SPOT ? 1000 : RETRIES))
+    rules:
+      - {name: saved, action: RestartJobSetAndIgnoreMaxRestarts, onJobFailureReasons: [PodFailurePolicy]}
   replicatedJobs:
     - name: slice
       replicas: $SLICES   # of $TYPE: $CHIP $TOPOLOGY, $CHIPS chips
@@ -312,6 +384,9 @@ spec:
           parallelism: $HOSTS
           completions: $HOSTS
           backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - {action: FailJob, onExitCodes: {containerName: worker, operator: In, values: [$AGAIN]}}
           template:
             metadata:
               annotations:
@@ -341,26 +416,27 @@ END
                       google.com/tpu: $CHIPS_PER_HOST
                   volumeMounts:
                     - {name: shm, mountPath: /dev/shm}   # data workers hand arrays over in it
+END
+  [[ -z "$CLAIM" ]] || echo "                    - {name: disk, mountPath: $(quoted "${CLAIM#*:}" | tr -d '[]')}"
+  cat <<END
               volumes:
                 - {name: shm, emptyDir: {medium: Memory}}
 END
+  [[ -z "$CLAIM" ]] || echo "                - {name: disk, persistentVolumeClaim: {claimName: ${CLAIM%%:*}}}"
 }
 
 run_on_gke() {
   local selector="jobset.sigs.k8s.io/jobset-name=$NAME" job=(get jobset "$NAME")
   case "$ACTION" in
-    run) require NAME TYPE IMAGE && read_type ;;
+    run)
+      require TYPE IMAGE
+      read_type
+      if [[ "$DRY" ]]; then jobset; else jobset | kubectl apply --filename=- && remember; fi
+      return ;;
     logs) job=(logs --follow --prefix --max-log-requests=1024 --selector "$selector") ;;
     stop | delete) job=(delete jobset "$NAME" --ignore-not-found) ;;
   esac
-  if [[ "$ACTION" != run ]]; then
-    require NAME
-    if [[ "$DRY" ]]; then show kubectl "${job[@]}"; else kubectl "${job[@]}"; fi
-  elif [[ "$DRY" ]]; then
-    jobset
-  else
-    jobset | kubectl apply --filename=-
-  fi
+  if [[ "$DRY" ]]; then show kubectl "${job[@]}"; else kubectl "${job[@]}"; fi
 }
 
 # ---- all ----
@@ -372,14 +448,15 @@ main() {
   TEMPORARY="$(mktemp -d)"
   trap 'rm -rf "$TEMPORARY"' EXIT
   if [[ "$LOCAL" ]]; then run_local && return; exit $?; fi
+  recall
   if [[ "$JOBSET" ]]; then run_on_gke && return; exit $?; fi
-  require NAME ZONE PROJECT
+  require ZONE PROJECT
+  [[ "$ACTION" == run ]] || touch "$TEMPORARY/created"   # which --dry_run takes for granted
   case "$ACTION" in
     run) require TYPE VERSION && read_type && run_on_tpu ;;
-    status) say "queued resource $NAME: $(state)" && status ;;
-    logs) require TYPE && read_type && follow_all ;;
     stop) stop_all ;;
     delete) delete ;;
+    status | logs) watch_job ;;
   esac
 }
 

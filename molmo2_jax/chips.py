@@ -1,14 +1,16 @@
 """TPU chips, the slices they come in, and the names the cloud gives these. Standard library only.
 
 A slice is named here by chip and topology, "v5p:4x4x8": 128 chips. Cloud names of v4 and v5p count
-TensorCores, two in a chip, so the same slice is "v5p-256" there; those of v5e and v6e count chips. Run as a
-script, `chips.py v5p-256` prints chip, topology, chips, hosts, chips of a host and GKE's name.
+TensorCores, two in a chip, so the same slice is "v5p-256" there; so do those that GKE's tools give TPU7x;
+those of v5e and v6e count chips. Run as a script, `chips.py v5p-256` prints chip, topology, chips, hosts,
+chips of a host, GKE's name and the slice's name in the cloud.
 
-Source: the cloud's pages "TPU v5p", "TPU v6e" and so on, November 2026.
+Source: the cloud's pages "TPU v5p", "TPU v6e", "TPU7x (Ironwood)" and so on, November 2026.
 """
 
 import dataclasses
 import math
+import re
 import sys
 
 GIB = 2**30
@@ -16,8 +18,9 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One kind of TPU. Rates are of one chip: bfloat16 FLOP/s, bytes/s of memory, of all ICI links in one
-    direction, and of its share of the host's network."""
+    """One kind of TPU. Rates and memory are of one JAX device, which is a chip (of TPU7x: half a chip):
+    bfloat16 FLOP/s, bytes/s of memory, of all ICI links in one direction, and of its share of the host's
+    network."""
     name: str
     flops: float
     memory: int             # bytes that a program may use, as the compiler sees it
@@ -28,6 +31,7 @@ class Chip:
     chips_per_host: int
     cloud_prefix: str       # of accelerator types; "" where the cloud has none
     cores_per_chip: int     # what the number in the cloud's name counts per chip
+    devices_per_chip: int = 1
     gke: str
     kinds: tuple[str, ...]  # jax.Device.device_kind
 
@@ -45,6 +49,9 @@ CHIPS = {chip.name: chip for chip in (
     Chip(name="v6e", flops=918e12, memory=int(31.25 * GIB), memory_rate=1.64e12, ici_rate=4.48e11,
          dcn_rate=1.25e10, dimensions=2, chips_per_host=4, cloud_prefix="v6e-", cores_per_chip=1,
          gke="tpu-v6e-slice", kinds=("TPU v6 lite", "TPU v6e")),
+    Chip(name="tpu7x", flops=1153.5e12, memory=int(94.75 * GIB), memory_rate=3.69e12, ici_rate=3.0e11,
+         dcn_rate=6.25e9, dimensions=3, chips_per_host=4, cloud_prefix="tpu7x-", cores_per_chip=2,
+         devices_per_chip=2, gke="tpu7x", kinds=("TPU7x",)),
 )}
 
 _SIDES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -71,6 +78,10 @@ class Slice:
         return math.prod(self.sides)
 
     @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices_per_chip
+
+    @property
     def hosts(self) -> int:
         """Machines; slices of v5e and v6e of up to 8 chips are one machine."""
         if self.chip.dimensions == 2 and self.chips <= 8:
@@ -92,17 +103,17 @@ def find(name: str) -> Slice:
     """Returns the slice called `name`, here ("v5p:4x4x8") or in the cloud ("v5p-256").
 
     Raises:
-      ValueError: there is none; the message lists those of the chip, or the chips.
+      ValueError: there is none; the message lists those of the chip, or the chips, under both names.
     """
     slices = known()
     for one in slices:
         if name in (one.name, one.cloud_name):
             return one
-    of_chip = [one for one in slices if name.startswith((f"{one.chip.name}:", one.chip.cloud_prefix))
-               or name == one.chip.name]
-    offered = ", ".join(f"{one.name} ({one.cloud_name}, {one.chips} chips)" for one in of_chip)
-    raise ValueError(f"a TPU slice must be one of {offered or ', '.join(f'{chip}:...' for chip in CHIPS)}"
-                     f"; got {name!r}")
+    of_chip = [one for one in slices
+               if re.match(rf"({one.chip.name}|{one.chip.cloud_prefix[:-1]})(\W|$)", name)]
+    offered = [f"{one.name} ({one.cloud_name}, {one.chips} chips)" for one in of_chip] or [
+        f"{chip.name}:SIDES ({chip.cloud_prefix}NUMBER)" for chip in CHIPS.values()]
+    raise ValueError(f"a TPU slice must be one of {', '.join(offered)}; got {name!r}")
 
 
 def of_device(kind: str) -> Chip | None:
@@ -116,4 +127,4 @@ if __name__ == "__main__":
     except ValueError as wrong:
         sys.exit(f"error: {wrong}")
     print(found.chip.name, found.topology, found.chips, found.hosts, found.chips // found.hosts,
-          found.chip.gke)
+          found.chip.gke, found.cloud_name)

@@ -11,5 +11,17 @@ def test_cloud_names_count_cores_where_they_do():
     assert (chips.find("v5p-256").hosts, chips.find("v6e-8").hosts, chips.find("v6e-16").hosts) == (32, 1, 4)
     with pytest.raises(ValueError, match=r"v5p:2x2x2 \(v5p-16, 8 chips\).*got 'v5p-17'"):
         chips.find("v5p-17")
-    with pytest.raises(ValueError, match="v4:..., v5e:..., v5p:..., v6e:...; got 'v9'"):
-        chips.find("v9")
+    assert chips.find("tpu7x-128") == chips.find("tpu7x:4x4x4") and chips.find("tpu7x-128").devices == 128
+
+
+@pytest.mark.parametrize("name", ["v5e-32000", "v5litepod-3", "v5e:3x3", "v5e", "v5litepod"])
+def test_an_unknown_slice_of_a_chip_lists_both_names_of_those_that_exist(name):
+    with pytest.raises(ValueError, match=rf"v5e:4x8 \(v5litepod-32, 32 chips\).*got '{name}'") as caught:
+        chips.find(name)
+    assert "v5p" not in str(caught.value)
+
+
+def test_an_unknown_chip_lists_the_chips():
+    with pytest.raises(ValueError, match=r"v4:SIDES \(v4-NUMBER\), v5e:SIDES \(v5litepod-NUMBER\)") as caught:
+        chips.find("v9-8")
+    assert all(f"{chip}:SIDES" in str(caught.value) for chip in chips.CHIPS)

@@ -19,6 +19,7 @@ SCRIPTS = ["tpu_run.sh", "tpu_worker.sh", "environment.sh", "test.sh", "quicksta
 # states that the queued resource will be in, one a line, the last one for good.
 GCLOUD = r"""#!/usr/bin/env bash
 echo "$*" >>"$CLOUD/calls"
+if [[ -f "$CLOUD/no_login" ]]; then echo "ERROR: (gcloud) your login has expired" >&2; exit 1; fi
 shift 2
 what="$1 $2" name="$3" command="" worker=all nodes=() files=()
 for word in "$@"; do
@@ -123,13 +124,19 @@ def test_scripts_pass_shellcheck(name):
 
 
 def test_a_job_runs_on_all_machines_with_the_code_and_its_output_is_shown(cloud):
-    done = cloud.job('echo "worker $WORKER of $MOLMO2_HOSTS, x=$x"; ls molmo2_jax/chips.py', "--env=x=1 2",
-                     "--delete")
+    (cloud.folder / "films").mkdir()
+    (cloud.code / "linked").symlink_to(cloud.folder / "films")
+    (cloud.code / "ignored").write_text("")
+    (cloud.code / ".gitignore").write_text("/ignored\n")
+    done = cloud.job('echo "worker $WORKER of $MOLMO2_HOSTS, x=$x"; ls molmo2_jax/chips.py; ls',
+                     "--env=x=1 2", "--delete")
     assert done.returncode == 0, done.err
     lines = done.out.splitlines()
     for worker in "01":
         assert f"[job/{worker}] worker {worker} of auto, x=1 2" in lines
-        assert f"[job/{worker}] molmo2_jax/chips.py" in lines
+        assert f"[job/{worker}] molmo2_jax/chips.py" in lines and f"[job/{worker}] launch" in lines
+        assert not {f"[job/{worker}] linked", f"[job/{worker}] ignored"} & set(lines)
+    assert "not copied: linked, a link to a folder" in done.err
     assert "v5p 2x2x2, 8 chips on 2 machines" in done.err  # the name counts cores
     create = cloud.calls("queued-resources create")
     assert len(create) == 1 and "--accelerator-type=v5p-16 --runtime-version=v2" in create[0]
@@ -137,12 +144,14 @@ def test_a_job_runs_on_all_machines_with_the_code_and_its_output_is_shown(cloud)
 
 
 def test_calling_again_goes_on_with_what_is_there(cloud):
-    again = ["--", "bash", "-c", 'echo "run $WORKER"; test -f "$CLOUD/ready" || { sleep 3; }']
+    (cloud.folder / "disk").mkdir()
+    (cloud.folder / "disk" / "film").write_text("on the disk")
+    again = ['--setup=echo "$WORKER" >>"$CLOUD/setup"; ln -sfn "$CLOUD/disk" data', "--", "cat", "data/film"]
     assert cloud.run(*SLICE, *again).returncode == 0
-    (cloud.folder / "ready").touch()
     second = cloud.run(*SLICE, *again)
     assert second.returncode == 0 and len(cloud.calls("queued-resources create")) == 1
-    assert second.out.count("code is up to date") == 2
+    assert second.out.count("code is up to date") == 2 and second.out.count("on the disk") == 2
+    assert (cloud.folder / "setup").read_text().split() == ["0", "1"] * 2  # before each start
 
 
 def test_a_script_that_is_ended_leaves_the_job_running_and_another_call_follows_it(cloud):
@@ -154,7 +163,7 @@ def test_a_script_that_is_ended_leaves_the_job_running_and_another_call_follows_
     first.send_signal(signal.SIGTERM)
     _, error = first.communicate(timeout=30)
     assert first.returncode == 1 and "the command goes on" in error
-    status = cloud.run("status", *WHERE)
+    status = cloud.run("status", "--name=job")  # the rest was written down
     assert status.out.split() == ["running", "running"]
     second = cloud.start(*SLICE, "--", "bash", "-c", shell)
     wait_for(lambda: len(cloud.calls("attach")) >= 4)
@@ -187,6 +196,20 @@ def wait_for(condition, seconds=60):
 
 
 # What goes wrong
+
+
+@pytest.mark.parametrize("word", ["status", "logs", "stop", "delete"])
+def test_a_failing_gcloud_fails_the_word_with_its_error(cloud, word):
+    (cloud.folder / "no_login").touch()
+    done = cloud.run(word, *WHERE, "--type=v5p-16")
+    assert done.returncode == 1 and "your login has expired" in done.err and "lost" not in done.err
+
+
+def test_words_say_where_there_is_nothing(cloud):
+    done = cloud.run("status", *WHERE)
+    assert done.returncode == 0 and "queued resource job: NONE" in done.err and not done.out
+    done = cloud.run("logs", *WHERE, "--type=v5p-16")
+    assert done.returncode == 1 and "there is no machine to read from" in done.err
 
 
 def test_a_missing_quota_is_one_sentence(cloud):
@@ -259,6 +282,15 @@ def test_slices_are_nodes_of_one_queued_resource(cloud):
     assert "--node-count=2 --node-prefix=job" in cloud.calls("create")[0]
     for label in ("job-0/0", "job-0/1", "job-1/0", "job-1/1"):
         assert f"[{label}] here {label[-1]}" in done.out
+    # The other words need the name alone, where the run was started.
+    assert cloud.run("status", "--name=job").out.split() == ["ended", "0"] * 4
+    assert "[job-1/1] here 1" in cloud.run("logs", "--name=job").out
+    (cloud.folder / "machines" / "job-1" / "1").rename(cloud.folder / "taken")
+    (cloud.folder / "machines" / "job-1" / "1").touch()
+    lost = cloud.run("status", "--name=job")
+    assert lost.returncode == 1 and lost.out.split() == ["ended", "0"] * 3 + ["lost"]
+    assert cloud.run("delete", "--name=job").returncode == 0
+    assert "--zone must be given" in cloud.run("status", "--name=job").err  # nothing is left of it
 
 
 def test_a_dry_run_prints_every_command_and_calls_nothing(cloud):
@@ -275,8 +307,17 @@ def test_a_dry_run_prints_every_command_and_calls_nothing(cloud):
     assert sum("attach" in word for line in lines for word in line) == 2
 
 
+@pytest.mark.parametrize("word, last", [
+    ("status", "tpu-vm ssh"), ("stop", "tpu-vm ssh"), ("delete", "queued-resources delete")])
+def test_words_have_a_dry_run_too(cloud, word, last):
+    done = cloud.run(word, *WHERE, "--dry_run")
+    assert done.returncode == 0 and not cloud.calls(), done.err
+    assert " ".join(shlex.split(done.out.splitlines()[-1])[3:5]) == last
+
+
 def test_the_same_job_as_a_jobset(cloud):
-    arguments = [*SLICE, "--jobset", "--image=reg/img:1", "--slices=2", "--spot", "--env=K=v w",
+    arguments = ["--name=job", "--type=v5p:2x2x2", "--jobset", "--image=reg/img:1", "--slices=2", "--spot",
+                 "--env=K=v w", "--claim=films:/mnt/disk",
                  "--", "python", "-c", "print('a b')"]
     shown = cloud.run("--dry_run", *arguments)
     assert shown.returncode == 0 and not cloud.calls(), shown.err
@@ -292,10 +333,19 @@ def test_the_same_job_as_a_jobset(cloud):
     assert container["command"] == ["python", "-c", "print('a b')"] and container["image"] == "reg/img:1"
     assert container["env"] == [{"name": "MOLMO2_HOSTS", "value": "auto"}, {"name": "K", "value": "v w"}]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert {"name": "disk", "mountPath": "/mnt/disk"} in container["volumeMounts"]
+    assert {"name": "disk", "persistentVolumeClaim": {"claimName": "films"}} in pod["volumes"]
+    # Status 75 fails a job by the pods' policy, which is no restart that counts.
     assert spec["failurePolicy"]["maxRestarts"] == 1000
+    [rule] = job["template"]["spec"]["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [75]}
+    [again] = spec["failurePolicy"]["rules"]
+    assert (again["action"], again["onJobFailureReasons"]) == (
+        "RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
+    assert rule["action"] == "FailJob" and pod["restartPolicy"] == "Never"  # as the policy demands
     assert cloud.run(*arguments).returncode == 0
     assert (cloud.folder / "applied.yaml").read_text() == shown.out
-    assert cloud.run("delete", "--jobset", "--name=job").returncode == 0
+    assert cloud.run("delete", "--name=job").returncode == 0
     assert cloud.calls() == ["apply --filename=-", "delete jobset job --ignore-not-found"]
 
 
@@ -303,6 +353,9 @@ def test_the_same_job_as_a_jobset(cloud):
     ([*SLICE], "a command must follow --"),
     ([*WHERE, "--version=v2", "--", "true"], "--type must be given"),
     ([*WHERE, "--version=v2", "--type=v5p-12", "--", "true"], "v5p:2x2x2 (v5p-16, 8 chips)"),
+    ([*WHERE, "--version=v2", "--type=v5e-13", "--", "true"], "v5e:2x2 (v5litepod-4, 4 chips)"),
+    ([*WHERE, "--version=v2", "--type=tpu7x-8", "--", "true"], "TPU7x is reached through GKE only"),
+    ([*SLICE, "--claim=films", "--", "true"], "--claim must be CLAIM:FOLDER"),
     ([*SLICE, "--slices=none", "--", "true"], "--slices must be a number"),
     (["--name=Job", "--zone=a", "--project=b", "status"], "unknown argument status"),
     (["status", "--name=Job", "--zone=a", "--project=b"], "--name must be lower-case"),
