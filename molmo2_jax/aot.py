@@ -46,7 +46,8 @@ class DoesNotFit(ValueError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What is known of a compiled step; bytes are those of one chip, operations those of the whole step."""
+    """What is known of a compiled step; bytes are those of one device (a chip, or half of a TPU7x),
+    operations those of the whole step."""
     topology: str
     slices: int
     chips: int
@@ -59,7 +60,8 @@ class Report:
     offloaded: int              # the optimiser's, in the hosts' memory
     data: int
     temporaries: int            # activations, gradients, gathered parameters, as laid out, with gaps
-    vision: int                 # what the ViT keeps for its backward pass, by formula; part of peak
+    vision: int                 # what the ViT keeps for its backward pass, by formula; not all of it need be
+                                # alive at the peak
     peak: int                   # as the compiler reports it, state and data included
     available: int
     flops: flops_lib.Flops
@@ -214,13 +216,13 @@ def _hints(config, optimiser, shape, rows, mesh) -> list[str]:
 
 def _report(slice_, slices, mesh, rows, config, model_config, shape, state, batch, memory, text,
             seconds) -> Report:
-    chips = slice_.chips * slices
+    devices = slice_.devices * slices
     model_flops = flops_lib.train_step(model_config, rows=rows, **shape)
     again = flops_lib.recomputed(model_config, config.remat, config.vision_remat, rows=rows, **shape)
     hardware = model_flops.plus(again).total
     moved = hlo.collectives(text, mesh.size // slices)
     over = lambda network: sum(size for name, size in moved.items() if name.startswith(network))
-    times = {"compute": hardware / (chips * slice_.chip.flops), "ici": over("ici") / slice_.chip.ici_rate,
+    times = {"compute": hardware / (devices * slice_.chip.flops), "ici": over("ici") / slice_.chip.ici_rate,
              "dcn": over("dcn") / slice_.chip.dcn_rate}
     bounded_by = max(times, key=times.get)
     crops = rows * shape["M"] / mesh.size
@@ -229,12 +231,12 @@ def _report(slice_, slices, mesh, rows, config, model_config, shape, state, batc
     offloaded = bytes_per_device(state.opt_state, on_host=True)
     moved |= {"host": 2.0 * offloaded} if offloaded else {}
     return Report(
-        topology=slice_.name, slices=slices, chips=chips, mesh=dict(mesh.shape), rows=rows,
+        topology=slice_.name, slices=slices, chips=slice_.chips * slices, mesh=dict(mesh.shape), rows=rows,
         remat=config.remat, vision_remat=vision_remat, offloaded=offloaded,
         parameters=bytes_per_device(state.params), optimiser=bytes_per_device(state.opt_state),
         data=bytes_per_device(batch), temporaries=memory.temp_size_in_bytes,
         vision=int(crops * v.num_patches * v.width * jnp.dtype(config.dtype).itemsize * kept),
         peak=memory.peak_memory_in_bytes, available=slice_.chip.memory, flops=model_flops,
         hardware_flops=hardware, collectives=moved, seconds_bound=times[bounded_by], bounded_by=bounded_by,
-        mfu_bound=flops_lib.mfu(model_flops.total, times[bounded_by], chips, slice_.chip.flops),
+        mfu_bound=flops_lib.mfu(model_flops.total, times[bounded_by], devices, slice_.chip.flops),
         compile_seconds=seconds)

@@ -241,7 +241,7 @@ def refused(capsys):
 
 def test_mistakes_are_one_sentence_and_exit_status_2(refused, tmp_path, world):
     workdir, gin = f"--workdir={tmp_path / 'run'}", f"--gin_file={world[0]}"
-    assert "--workdir must name" in refused()
+    assert "--gin_file must be given" in refused()
     assert "gin files must exist" in refused("--gin_file=nowhere.gin", workdir)
     assert "--workdir must name" in refused(gin)
     assert "steps must be int" in refused(gin, workdir, "--gin=train.TrainConfig.steps = 'many'")
