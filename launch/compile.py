@@ -134,11 +134,12 @@ def table(report: aot.Report) -> str:
     share = lambda part: f"{part:.3g} ({part / report.flops.total:.0%})"
     moved = [f"  {name:24s} {_bytes(size)}" for name, size in sorted(report.collectives.items())]
     sizes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
+    device = "chip" if math.prod(report.mesh.values()) == report.chips else "device, two of a chip"
     rest = report.peak - report.parameters - report.optimiser - report.data
     return "\n".join([
         f"{report.slices} x {report.topology}: {report.chips} chips, {sizes}; {report.rows} rows, "
         f"remat {report.remat!r}, ViT {report.vision_remat!r}",
-        f"bytes per {'chip' if math.prod(report.mesh.values()) == report.chips else 'device, two of a chip'}",
+        f"bytes per {device}",
         f"  parameters               {_bytes(report.parameters)}",
         f"  optimiser                {_bytes(report.optimiser)}"
         + (f", and {_bytes(report.offloaded).strip()} in the host's memory" if report.offloaded else ""),
@@ -151,7 +152,7 @@ def table(report: aot.Report) -> str:
         f"{share(report.flops.connector)}, decoder {share(report.flops.decoder)}, attention "
         f"{share(report.flops.attention)}",
         f"  with recomputation       {report.hardware_flops:.4g}",
-        "bytes moved per chip and step", *moved,
+        f"bytes moved in a step, per {device}", *moved,
         f"no step takes less than    {_seconds(report.seconds_bound)} (bounded by {report.bounded_by}); "
         f"MFU {report.mfu_bound:.1%} at most" if math.isfinite(report.mfu_bound) else "",
         f"compiled in                {report.compile_seconds:.0f} s of a core"])

@@ -32,6 +32,8 @@ KEPT_BY_VIT = {"full": 1, "attention": 1, "dots": 10, "none": 12}
 _QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8",
           "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled",
           "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # libtpu else allows one process at a time, even to compile
+# libtpu 0.0.42.1 aborts where it gives sums of a small TPU7x slice to the SparseCores.
+_OPTIONS = {"tpu7x": {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}}
 
 
 class DoesNotFit(ValueError):
@@ -160,15 +162,15 @@ def bytes_per_device(tree, on_host: bool = False) -> int:
                if on_host == (leaf.sharding.memory_kind not in (None, "device")))
 
 
-def compile_lowered(lowered, hints: Callable[[], list[str]]):
-    """Returns (the compiled program, seconds of processors that took).
+def compile_lowered(lowered, hints: Callable[[], list[str]], chip: chips_lib.Chip):
+    """Returns (the program compiled for this kind of chip, seconds of processors that took).
 
     Raises:
       DoesNotFit: with `hints()`.
     """
     began = time.process_time()
     try:
-        return lowered.compile(), time.process_time() - began
+        return lowered.compile(_OPTIONS.get(chip.name)), time.process_time() - began
     except jax.errors.JaxRuntimeError as error:
         sizes = re.findall(r"\(([\d.]+)G\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
@@ -189,7 +191,8 @@ def compile_step(model_config, config: train.TrainConfig, optimiser: optim.Optim
     found = devices(topology, slices)
     mesh = sharding.make_mesh(mesh_config or default_mesh(rows, len(found), slices), found)
     lowered, state, batch = lower(model_config, config, optimiser, shape, rows, mesh)
-    compiled, seconds = compile_lowered(lowered, lambda: _hints(config, optimiser, shape, rows, mesh))
+    compiled, seconds = compile_lowered(lowered, lambda: _hints(config, optimiser, shape, rows, mesh),
+                                        slice_.chip)
     memory, text = compiled.memory_analysis(), compiled.as_text()
     report = _report(slice_, slices, mesh, rows, config, model_config, shape, state, batch, memory, text,
                      seconds)

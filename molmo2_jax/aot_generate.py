@@ -56,7 +56,7 @@ def compile_answers(model_config: config_lib.Molmo2Config, shape: dict[str, int]
         begin, advance, params, memory = _lower(model_config, shape, rows, questions, new_tokens, dtype, mesh)
         hints = lambda: (["--dtype=bfloat16"] if dtype == "float32" else []) + [
             "a chip with more memory", "fewer tokens or crops in the prompt"]
-        (reading, first), (writing, second) = (aot.compile_lowered(program, hints)
+        (reading, first), (writing, second) = (aot.compile_lowered(program, hints, chip)
                                                for program in (begin, advance))
     once = _read(model_config, shape, rows, questions)
     return Report(
