@@ -80,7 +80,8 @@ class DataConfig:
         _require(0 <= self.seed < 2**32, "seed must lie in [0, 2^32)", self.seed)
         if isinstance(self.train, str):
             _require(self.train in tasks.MIXTURES,
-                     f"train must be a tuple of folders or one of the mixtures {sorted(tasks.MIXTURES)}",
+                     "train must be a tuple of folders, such as ('my_data',), or one of the mixtures "
+                     f"{sorted(tasks.MIXTURES)}",
                      self.train)
 
     def shape(self, model: config.Molmo2Config) -> dict[str, int]:
@@ -130,7 +131,7 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
         mixtures, known = tasks.of_folders(data.train, len(data.lessons) + 1)
     found = {member.task: member for mixture in mixtures for member in tasks.members(mixture)}
     members = tuple(found[task] for task in sorted(found))
-    missing = [known[member.task].folder for member in members
+    missing = [os.path.abspath(known[member.task].folder) for member in members
                if not (pathlib.Path(known[member.task].folder) / "annotations.jsonl").is_file()]
     _require(not missing, "data folders must hold annotations.jsonl", missing)
     examples, errors = {}, {}

@@ -50,8 +50,9 @@ def check(folder: str) -> list[str]:
                                   total=len(examples), desc=folder, unit="record"):
             found += [f"{folder}/{problem}" for problem in problems]
     kinds = collections.Counter(one["type"] for example in examples for one in example.annotations)
-    print(f"{folder}: {len(examples)} records with {kinds.total()} annotations ("
-          + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) + f"); {len(found)} problems")
+    print(f"{folder}: {len(examples)} good lines; annotations: "
+          + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none")
+          + f"; problems: {len(found) or 'none'}")
     for problem in found:
         print(f"  {problem}")
     return found

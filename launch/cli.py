@@ -110,7 +110,8 @@ def data() -> list[str]:
 def no_arguments(arguments: list[str]) -> None:
     """Raises ValueError if the command line has more than flags."""
     if arguments:
-        raise ValueError(f"this command takes flags only (--help lists them); got {arguments}")
+        raise ValueError("this command takes flags only (--help lists them), values with spaces in quotes; "
+                         f"got {arguments}")
 
 
 def located(path: str) -> str:

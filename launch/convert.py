@@ -53,7 +53,8 @@ def main(arguments: list[str]) -> None:
 
 
 def export_model() -> None:
-    source, output = trained.load(_given(cli.MODEL)), _given(cli.OUTPUT)
+    model, output = _given(cli.MODEL), _new_folder(_OVERWRITE.value)
+    source = trained.load(model)
     hf_checkpoint.export_checkpoint(source.params, source.model, source.inputs, source.tokenizer, output,
                                     dtype=cli.DTYPE.value, overwrite=_OVERWRITE.value,
                                     code_from=_CODE_FROM.value or source.code)
@@ -97,10 +98,10 @@ def _given(flag: flags.FlagHolder) -> pathlib.Path:
     return pathlib.Path(flag.value)
 
 
-def _new_folder() -> pathlib.Path:
+def _new_folder(overwrite: bool = False) -> pathlib.Path:
     output = _given(cli.OUTPUT)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"--output must be empty or not exist; got {output}")
+    if output.exists() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"--output must be a new or empty folder (export can --overwrite one); got {output}")
     return output
 
 

@@ -58,8 +58,9 @@ def load(path: str | pathlib.Path, bindings: Sequence[str] = (), mesh: jax.shard
         params, model, inputs = hf_checkpoint.import_checkpoint(folder, place=place)
         code = folder
     else:
-        raise ValueError("a model must be the work directory of a run (with config.gin) or a Hugging "
-                         f"Face folder (with config.json); got {folder}")
+        raise ValueError("a model must be the work directory of a run (with config.gin) or a Hugging Face "
+                         f"folder on this machine (with config.json); got {folder}"
+                         + ("" if folder.exists() else ", which does not exist"))
     tokenizer = tokenizers.Tokenizer.from_file(folder, model.text.vocab_size)
     return Trained(model, inputs, tokenizer, params, code if code.is_dir() else None, is_pretraining)
 

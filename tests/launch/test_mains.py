@@ -166,7 +166,8 @@ def test_evaluate_answers_mistakes_with_one_sentence(arguments, words, model_fol
 
 def test_check_lists_all_that_training_would_leave_out(data_folder, tmp_path, capsys):
     assert start(check.main, f"--data={data_folder}") == 0
-    assert "1 records with 4 annotations" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        f"{data_folder}: 1 good lines; annotations: 1 points, 1 choice, 1 qa, 1 caption; problems: none\n")
     folder = tmp_path / "data"
     shutil.copytree(data_folder, folder)
     (folder / "b.png").write_text("no picture")
@@ -177,11 +178,11 @@ def test_check_lists_all_that_training_would_leave_out(data_folder, tmp_path, ca
             lines.write(json.dumps({"images": [name], "annotations": annotations}) + "\n")
     assert start(check.main, f"--data={folder}") == 1
     told = capsys.readouterr().out.splitlines()
-    assert told[0].endswith("3 problems") and len(told) == 4
+    assert told[0].endswith("problems: 3") and len(told) == 4
     for line, words in zip(told[1:], (":2: record: must", ":3: ", ":4: annotations[0]"), strict=True):
         assert f"{folder}/annotations.jsonl{words}" in line
     assert start(check.main, f"--data={folder}", "--nomedia") == 1
-    assert "1 problems" in capsys.readouterr().out
+    assert "problems: 1" in capsys.readouterr().out
 
 
 def test_exporting_what_was_imported_changes_no_weight(model_folder, tmp_path, capsys):
@@ -236,7 +237,7 @@ def test_a_model_is_loaded_onto_the_shards_of_a_mesh(model_folder):
     (["export"], "--model must be given"),
     (["import", "--model=MODEL"], "--output must be given"),
     (["export", "--model=MODEL", "--output=MODEL"], "new or empty folder"),
-    (["import", "--model=MODEL", "--output=MODEL"], "--output must be empty or not exist"),
+    (["import", "--model=MODEL", "--output=MODEL"], "--output must be a new or empty folder"),
     (["verify"], "--hf must be given"),
     (["verify", "--hf=/nowhere"], "--hf must be a folder; got /nowhere"),
     (["assemble", "--text=MODEL", "--output=new"], "--vision must be given"),
