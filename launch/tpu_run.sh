@@ -371,6 +371,8 @@ apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
   name: $NAME
+  annotations:
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
     maxRestarts: $((SPOT ? 1000 : RETRIES))
@@ -388,9 +390,6 @@ spec:
             rules:
               - {action: FailJob, onExitCodes: {containerName: worker, operator: In, values: [$AGAIN]}}
           template:
-            metadata:
-              annotations:
-                alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
             spec:
               restartPolicy: Never
               terminationGracePeriodSeconds: 120
