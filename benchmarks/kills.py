@@ -33,12 +33,17 @@ class Run:
     def __init__(self, gin_file, workdir, bindings=(), limit=LIMIT):
         self.workdir, self.processes, self._limit = pathlib.Path(workdir), [], limit
         self._started = 0.0
-        self._flags = [f"--gin_file={gin_file}", f"--workdir={workdir}",
-                       *(f"--gin={line}" for line in (*BINDINGS, *bindings))]
+        self.flags = [f"--gin_file={gin_file}", f"--workdir={workdir}",
+                      *(f"--gin={line}" for line in (*BINDINGS, *bindings))]
 
     @property
     def log(self) -> pathlib.Path:
         return self.workdir.with_suffix(".log")
+
+    def xla_flags(self, count: int) -> str:
+        """Returns the setting with which each of `count` processes holds its part of DEVICES devices."""
+        return (f"--xla_force_host_platform_device_count={DEVICES // count} "
+                "--xla_backend_optimization_level=0")  # most of the time is compilation
 
     def start(self, count: int) -> None:
         """Starts `count` processes that hold DEVICES devices together."""
@@ -46,13 +51,11 @@ class Run:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} "
-                         "--xla_backend_optimization_level=0"}  # most of the time is compilation
+            "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": self.xla_flags(count)}
         self._started = time.time()
         with self.log.open("a") as log:
             self.processes = [subprocess.Popen(
-                [sys.executable, "-m", "launch.train", *self._flags], cwd=ROOT, stdout=log, stderr=log,
+                [sys.executable, "-m", "launch.train", *self.flags], cwd=ROOT, stdout=log, stderr=log,
                 env=environment | {"MOLMO2_HOSTS": f"localhost:{port},{count},{index}"})
                 for index in range(count)]
 

@@ -23,7 +23,7 @@ flags.FLAGS.mark_as_parsed()  # grain's worker processes read flags
 # Files that take longest, longest first: workers that start with them end together.
 SLOWEST = (
     "hf/test_real_widths.py", "test_aot.py", "test_sharding.py", "test_train.py",
-    "launch/test_kills.py", "launch/test_hosts.py", "test_decode.py", "launch/test_quickstart.py",
+    "launch/test_hosts.py", "test_decode.py", "launch/test_quickstart.py",
     "test_optim.py", "test_generate.py", "attention/test_pallas_tpu.py", "launch/test_train.py",
     "attention/test_compile_tpu.py", "hf/test_transformers.py", "test_checkpoint.py",
     "attention/test_flash.py", "test_evaluate.py", "hf/test_shipped_model.py",
