@@ -1,7 +1,10 @@
 """A trained model by the path a person gives: the work directory of a run, or a Hugging Face folder."""
 
+import atexit
 import dataclasses
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +14,7 @@ from launch import record
 from launch import run
 from molmo2_jax import checkpoint
 from molmo2_jax import config
+from molmo2_jax import files
 from molmo2_jax import state
 from molmo2_jax.hf import checkpoint as hf_checkpoint
 from molmo2_jax.hf import remote_code
@@ -39,17 +43,17 @@ def load(path: str | pathlib.Path, bindings: Sequence[str] = (), mesh: jax.shard
     """Returns the newest checkpoint of a work directory, or the model in a Hugging Face folder.
 
     `bindings` change the settings of the run that a work directory records. With a `mesh` parameters are
-    read straight onto their shards.
+    read straight onto their shards. A work directory may lie in a bucket ("gs://...").
 
     Raises:
       ValueError: the folder is neither, or what it holds does not fit together.
     """
-    folder, is_pretraining = pathlib.Path(path), False
+    folder, is_pretraining = _on_disk(path), False
     if (folder / record.NAME).is_file():
         run_config = run.resolve([(folder / record.NAME).resolve()], bindings)
         model, inputs = run_config.model, run_config.inputs
         is_pretraining = run_config.data is not None and run_config.data.is_pretraining
-        params = checkpoint.load_params(str(folder), molmo2.Molmo2(model), mesh)
+        params = checkpoint.load_params(str(path), molmo2.Molmo2(model), mesh)
         code = folder / remote_code.NAME
     elif (folder / "config.json").is_file():
         if bindings:
@@ -59,10 +63,24 @@ def load(path: str | pathlib.Path, bindings: Sequence[str] = (), mesh: jax.shard
         code = folder
     else:
         raise ValueError("a model must be the work directory of a run (with config.gin) or a Hugging Face "
-                         f"folder on this machine (with config.json); got {folder}"
-                         + ("" if folder.exists() else ", which does not exist"))
+                         f"folder on this machine (with config.json); got {path}"
+                         + ("" if files.path(path).exists() else ", which does not exist"))
     tokenizer = tokenizers.Tokenizer.from_file(folder, model.text.vocab_size)
     return Trained(model, inputs, tokenizer, params, code if code.is_dir() else None, is_pretraining)
+
+
+def _on_disk(path: str | pathlib.Path) -> pathlib.Path:
+    """Returns the folder; of a run's in a bucket a copy that lives as long as the process, without arrays."""
+    if not files.is_remote(path):
+        return pathlib.Path(path)
+    folder, copy = files.path(path), files.path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    for name in (record.NAME, "tokenizer.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            (folder / name).copy(copy / name)
+    if (folder / remote_code.NAME).is_dir():
+        files.copy(folder / remote_code.NAME, copy / remote_code.NAME)
+    return pathlib.Path(copy)
 
 
 def _shardings(folder: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, jax.sharding.Sharding]:

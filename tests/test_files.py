@@ -10,12 +10,15 @@ from fsspec.implementations import memory
 from orbax.checkpoint._src.path import gcs_utils
 
 from launch import record
+from launch import run
+from launch import trained
 from molmo2_jax import checkpoint
 from molmo2_jax import files
 from molmo2_jax import goodput
 from molmo2_jax import guard
 from molmo2_jax import last_words
 from molmo2_jax import metrics
+from molmo2_jax.inputs import tokenizer as tokenizers
 from tests import tiny
 
 
@@ -84,6 +87,23 @@ def test_settings_in_a_bucket_are_kept_when_they_change(bucket):
     assert record.save(bucket, "a = 2\n") == ["- a = 1", "+ a = 2"]
     names = {path.name for path in files.path(bucket).iterdir()}
     assert {"config.gin", "config.gin.1"} <= names
+
+
+def test_a_run_may_start_from_a_run_in_a_bucket(bucket, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint, "load_params", lambda path, model, mesh: asked.append(path) or {"w": 1})
+    saved = run.resolve(["gin_configs/models/nano.gin"])
+    record.save(bucket, record.gin_text(saved))
+    tokenizers.Tokenizer.from_file(run.ROOT / "assets/nano").save(tmp_path)
+    (tmp_path / "remote_code").mkdir()
+    (tmp_path / "remote_code" / "config.json").write_text("{}")
+    files.copy(files.path(tmp_path), files.path(bucket))
+    found = trained.load(bucket)
+    assert asked == [bucket] and found.params == {"w": 1} and found.model == saved.model
+    assert found.tokenizer.vocab_size == saved.model.text.vocab_size
+    assert (found.code / "config.json").read_text() == "{}"
+    with pytest.raises(ValueError, match="got gs://bucket/nothing, which does not exist"):
+        trained.load("gs://bucket/nothing")
 
 
 def test_the_complete_steps_of_a_bucket_are_found_and_others_named(bucket, caplog):
