@@ -4,7 +4,7 @@
 
 --model is the work directory of a run or a Hugging Face folder; --workdir says the same. Settings of a run
 can be changed with --gin, for example --gin='config.InputConfig.max_frames = 8'. The scores are printed, and
-written to --output. Records that cannot be used are left out, counted and listed, as in training.
+written to --output (JSON). Records that cannot be used are left out, counted and listed, as in training.
 """
 
 import functools
@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
         _show(folder, result, left_out)
     if output:
         output.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        print(f"wrote {output}")
 
 
 def _show(folder: str, result: evaluate.Result, left_out: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ likely tokens, then --seed decides the draw.
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Iterable, Sequence
 
 from absl import flags
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> None:
     if _RENDER.value:
         points = tuple(point for answer in answers for point in answer.points)
         render.save_answer(dataclasses.replace(answers[0], points=points), _RENDER.value, **media)
+        print(f"wrote {_RENDER.value}", file=sys.stderr)
 
 
 def _check_flags() -> None:
