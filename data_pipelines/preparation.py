@@ -44,8 +44,9 @@ def _refusing(reason: str) -> Iterator[None]:
 def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.InputConfig,
             tokenizer: tokenizers.Tokenizer, rng: np.random.Generator, *, train: bool = True,
             max_tokens: int | None = None, weight: types.LossWeight | float | None = None,
-            high_res_share: float = 0.0, num_templates: int | None = None,
-            weights: formats.Weights = formats.Weights(), is_pretraining: bool = False) -> types.Sequence:
+            high_res_share: float = 0.0, point_modes: tuple[str, ...] = (),
+            num_templates: int | None = None, weights: formats.Weights = formats.Weights(),
+            is_pretraining: bool = False) -> types.Sequence:
     """Returns the Sequence of an example; every random choice comes from `rng`.
 
     Args:
@@ -53,6 +54,7 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
       max_tokens: longest sequence; branches beyond it are left out, then the end is cut.
       weight: takes the place of the branches' LossWeight, or a number that of its scale.
       high_res_share: probability that a single image is cut into up to high_res_crops tiles.
+      point_modes: take the place of those of annotations of points; (): as they say.
       num_templates: wordings of a question that are used; None: all.
       weights: constants of the loss weights.
       is_pretraining: whether questions are those of the first stage.
@@ -66,8 +68,8 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
         crops, view = media.see(example, model, inputs, tokenizer, rng=rng,
                                 high_res=high_res_share if train else 0.0)
     with _refusing(ledger.ANNOTATION):
-        branches = formats.to_branches(example, frames_or_sizes=view, rng=rng, train=train,
-                                       num_templates=num_templates, weights=weights,
+        branches = formats.to_branches(_asked(example, point_modes), frames_or_sizes=view, rng=rng,
+                                       train=train, num_templates=num_templates, weights=weights,
                                        is_pretraining=is_pretraining)
         places = rng.permutation(len(branches)) if train else range(len(branches))
         branches = [_weighted(branches[place], weight) for place in places]
@@ -75,6 +77,14 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
                                  length_factor=weights.length_factor)
     with _refusing(ledger.SIZE):
         return result if max_tokens is None else sequences.truncate(result, max_tokens)
+
+
+def _asked(example: types.Example, point_modes: tuple[str, ...]) -> types.Example:
+    if not point_modes:
+        return example
+    return dataclasses.replace(example, annotations=tuple(
+        {**annotation, "modes": point_modes} if annotation["type"] == "points" else annotation
+        for annotation in example.annotations))
 
 
 def _weighted(branch: types.Branch, weight: types.LossWeight | float | None) -> types.Branch:
@@ -156,6 +166,7 @@ class Preparer:
         """
         result = prepare(example, self.model, self.inputs, self.tokenizer, rng, max_tokens=self.max_tokens,
                          weight=member.weight, high_res_share=member.high_res_share,
+                         point_modes=member.point_modes,
                          num_templates=self.num_templates, weights=self.weights,
                          is_pretraining=self.is_pretraining)
         for what, used, limit in (("crops", len(result.patches), self.max_crops),

@@ -94,7 +94,8 @@ def register(mixture: str, *, model: config.Molmo2Config, inputs: config.InputCo
     for member in members:
         names[member.task] = f"{PREFIX}{mixture}_{''.join(c if c.isalnum() else '_' for c in member.task)}"
         _add_task(names[member.task], examples[member.task], functools.partial(
-            prepare, weight=member.weight, high_res_share=member.high_res_share), Vocabulary(tokenizer))
+            prepare, weight=member.weight, high_res_share=member.high_res_share,
+            point_modes=member.point_modes), Vocabulary(tokenizer))
     seqio.MixtureRegistry.add(PREFIX + mixture, [(names[task], rate) for task, rate in rates.items()])
     return PREFIX + mixture
 

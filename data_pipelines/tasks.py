@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 
+from data_pipelines import sources
 from molmo2_jax import types
 
 
@@ -40,12 +41,14 @@ class Member:
       pretend number of examples, sqrt(factor).
     weight: replaces the loss weights of the examples (LossWeight), or only their scale (a number).
     high_res_share: of single images that are cut into up to InputConfig.high_res_crops crops.
+    point_modes: take the place of what annotations of points ask for (sources.POINT_MODES); (): as they say.
     """
     task: str
     sampling_rate: float = 1.0
     root_size_factor: float | None = None
     weight: types.LossWeight | float | None = None
     high_res_share: float = 0.0
+    point_modes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.sampling_rate > 0:
@@ -54,6 +57,9 @@ class Member:
             raise ValueError(f"root_size_factor must be >= 0; got {self.root_size_factor} for {self.task}")
         if not 0 <= self.high_res_share <= 1:
             raise ValueError(f"high_res_share must lie in [0, 1]; got {self.high_res_share} for {self.task}")
+        if not set(self.point_modes) <= set(sources.POINT_MODES):
+            raise ValueError(f"point_modes must be of {', '.join(sources.POINT_MODES)}; "
+                             f"got {self.point_modes} for {self.task}")
 
     def size(self, examples: int) -> float:
         """Returns what the member weighs within its group."""
@@ -274,6 +280,7 @@ MIXTURES |= {
     "sft_even_weights": _changed(_SFT, TASKS, weight=types.LossWeight(
         scale=1.0, by_length=False, by_branches=False)),
     "sft_counts_as_they_come": _changed(_SFT, _VIDEO_POINT_SHARES, sampling_rate=1.0, root_size_factor=None),
+    "sft_counts_without_points": _changed(_SFT, _VIDEO_POINT_SHARES, point_modes=("count",)),
     "sft_tracks_without_points": _without(_SFT, {*_VIDEO_POINT_SHARES, *_IMAGE_POINTING,
                                                  "pixmo_multi_points"}),
     "sft_captions_without_video_qa": _without(_SFT, {"molmo2_cap_qa", "molmo2_subtitle_qa", "molmo2_human_qa",

@@ -376,6 +376,20 @@ def test_a_mixture_may_replace_loss_weights(folder, tokenizer):
     assert weight_of(3.0) == pytest.approx(3 * weight_of(None), rel=1e-6)
 
 
+def test_a_mixture_may_ask_for_numbers_in_place_of_points(folder, tokenizer):
+    example = next(one for one in sources.read_jsonl(folder / "annotations.jsonl")
+                   if {"points"} == {annotation["type"] for annotation in one.annotations[:2]})
+    example = dataclasses.replace(example, annotations=example.annotations[:2])
+
+    def learnt(**how):
+        result = preparation.prepare(example, MODEL, INPUTS, tokenizer, preparation.generator(0, 0), **how)
+        return [tokenizer.decode(result.targets[(result.branch == branch) & (result.weights > 0)])
+                for branch in (0, 1)]
+    assert any("<points" in answer for answer in learnt())
+    numbers = [answer.removesuffix("<|im_end|>").strip() for answer in learnt(point_modes=("count",))]
+    assert set(map(len, numbers)) == {1}
+
+
 def test_constants_of_loss_weights_are_settings(folder, tokenizer):
     qa = {"type": "qa", "question": "Sky?", "answer": "blue"}
 

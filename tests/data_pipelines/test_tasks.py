@@ -59,12 +59,14 @@ def test_mixtures_for_ablations_differ_in_one_thing():
         return {one.task: one for one in tasks.members(tasks.MIXTURES[name])}
 
     sft, even, counts = of("sft"), of("sft_even_weights"), of("sft_counts_as_they_come")
-    assert even.keys() == sft.keys() == counts.keys()
+    without = of("sft_counts_without_points")
+    assert even.keys() == sft.keys() == counts.keys() == without.keys()
     assert {(one.weight.scale, one.weight.by_length, one.weight.by_branches) for one in even.values()} == {
         (1.0, False, False)}
-    assert {name for name in sft if counts[name] != sft[name]} == {
-        "molmo2_video_point_0_5", "molmo2_video_point_6_25", "molmo2_video_point_26_60",
-        "academic_video_point"}
+    video_points = {"molmo2_video_point_0_5", "molmo2_video_point_6_25", "molmo2_video_point_26_60",
+                    "academic_video_point"}
+    assert {name for name in sft if counts[name] != sft[name]} == video_points
+    assert {name for name in sft if without[name].point_modes == ("count",)} == video_points
     sizes = {name: 900 if "26_60" in name else 90_000 for name in sft}
     rare = "molmo2_video_point_26_60"
     upsampled, plain = (tasks.rates(tasks.MIXTURES[name], sizes)[rare]
@@ -88,6 +90,7 @@ def test_mixtures_for_ablations_differ_in_one_thing():
     (lambda: tasks.Group(rate=1.0, members=()), "at least one member"),
     (lambda: member("a", sampling_rate=0), "sampling_rate"),
     (lambda: member("a", high_res_share=1.5), "high_res_share"),
+    (lambda: member("a", point_modes=("point",)), "point_modes must be of bare.*'point'.*for a"),
     (lambda: member("a", root_size_factor=-1), "root_size_factor")])
 def test_what_makes_no_mixture_is_refused(make, rule):
     with pytest.raises(ValueError, match=rule):

@@ -31,8 +31,8 @@ ABLATIONS = {  # file: (base run, {path of a field: (value in the base run, valu
         "data.packer.max_wait": (96, ABSENT), "data.packer.waste": (0.01, ABSENT),
         "data.packer.slack": (0.1, ABSENT), "data.packer.steps": (512, ABSENT)}),
     **{f"recipe/{name}": ("sft_4b", {"data.train": ("sft", f"sft_{name}")})
-       for name in ("even_weights", "counts_as_they_come", "tracks_without_points",
-                    "captions_without_video_qa")},
+       for name in ("even_weights", "counts_as_they_come", "counts_without_points",
+                    "tracks_without_points", "captions_without_video_qa")},
     "recipe/pretrain_without_pointing": ("pretrain_4b", {
         "data.train": ("pretrain", "pretrain_without_pointing")}),
     "recipe/ask_224_frames": ("sft_8b", {"inputs.max_frames": (128, 224)}),
