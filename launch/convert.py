@@ -53,16 +53,16 @@ def main(arguments: list[str]) -> None:
 
 
 def export_model() -> None:
-    model, output = _given(cli.MODEL), _new_folder(_OVERWRITE.value)
+    model, output = _model(), _new_folder(_OVERWRITE.value)
     source = trained.load(model)
     hf_checkpoint.export_checkpoint(source.params, source.model, source.inputs, source.tokenizer, output,
                                     dtype=cli.DTYPE.value, overwrite=_OVERWRITE.value,
                                     code_from=_CODE_FROM.value or source.code)
-    _tell(output, f"python -m launch.convert verify --hf={output} --against={cli.MODEL.value}")
+    _tell(output, f"python -m launch.convert verify --hf={output} --against={model}")
 
 
 def import_model() -> None:
-    model, output = _given(cli.MODEL), _new_folder()
+    model, output = _model(), _new_folder()
     source = trained.load(model)
     checkpoint.save_params(str(output), source.params)
     remote_code.write(remote_code.read(source.code), output / remote_code.NAME)
@@ -96,6 +96,12 @@ def _given(flag: flags.FlagHolder) -> pathlib.Path:
     if not flag.value:
         raise ValueError(f"--{flag.name} must be given (--help explains it)")
     return pathlib.Path(flag.value)
+
+
+def _model() -> str:
+    """Returns --model as it was given: it may lie in a bucket."""
+    _given(cli.MODEL)
+    return cli.MODEL.value
 
 
 def _new_folder(overwrite: bool = False) -> pathlib.Path:
