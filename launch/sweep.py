@@ -9,7 +9,8 @@
 An arm is a combination of the values of all axes (--zip: the first values, the second values, ...), or a gin
 file given by --arm, or both. Each has a folder below --workdir, which bears its name. The same command goes
 on: arms that are finished are left alone. --through starts the arms by another command, {name} standing for
-the arm: --through='launch/tpu_run.sh --name={name} --type=v6e-8 --zone=... --project=... --version=...'.
+the arm: --through='launch/tpu_run.sh --name={name} --type=v6e-8 --zone=... --project=... --version=...'. Then
+--workdir must be on a disk that this machine shares with those of the arms.
 `summary` writes summary.md, summary.json and summary.html: the last losses, and the scores that
 `launch.evaluate --output=FOLDER/ARM/scores.json` left.
 """

@@ -122,7 +122,7 @@ def test_gradients_alone_cross_the_network_between_slices(nano):
 def test_offloaded_moments_take_no_memory_of_the_chip(nano):
     report, plain, text = nano[1], nano[2], nano[4]
     assert report["optimiser"] < 1000 < report["parameters"] < report["offloaded"]  # counts stay
-    assert report["collectives"]["host"] == 2 * report["offloaded"] and "GiB in the host's memory" in text
+    assert report["collectives"]["host"] == 2 * report["offloaded"] and "iB in the host's memory" in text
     assert plain["offloaded"] == 0 < plain["parameters"] < plain["optimiser"]
 
 
