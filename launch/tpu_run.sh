@@ -34,9 +34,9 @@
 #   --image=IMAGE    for --jobset: a container with this code, its packages and "python" (docs/pods.md)
 #   --claim=C:FOLDER for --jobset: mounts the PersistentVolumeClaim C, a disk that all machines share
 #
-# status, logs, stop and delete take the rest from FOLDER/NAME/job where the run was started from here. Elsewhere
-# all need --zone and --project (a JobSet: --jobset only), --slices if there are several, and logs --type. All
-# take --dry_run. Needs gcloud (or kubectl), logged in.
+# status, logs, stop and delete need --name, and --logs if the run had it: the rest stands in FOLDER/NAME/job where
+# the run was started. Elsewhere all need --zone and --project (a JobSet: --jobset only), --slices if there are
+# several, and logs --type. All take --dry_run. Needs gcloud (or kubectl), logged in.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
