@@ -42,6 +42,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 POLL="${TPU_RUN_POLL_SECONDS:-15}"
 AGAIN=75    # the command saved and wants to be started again
+STOPPED=253 # somebody called this script with stop
 LOST=254    # a machine is gone
 
 parse() {
@@ -273,9 +274,10 @@ status() {
   return "$code"
 }
 
+# stop_all [by_hand]: see tpu_worker.sh.
 stop_all() {
   local node code=0
-  for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh stop" || code=1; done
+  for node in $(nodes); do on_all "$node" "bash $NAME/tpu_worker.sh stop ${1:-}" || code=1; done
   return "$code"
 }
 
@@ -328,10 +330,11 @@ run_on_tpu() {
     code=0
     prepare && start && follow_all || code=$?
     [[ -z "$STOPPING" ]] || fail "this script was ended; the command goes on: call it again, or with stop or delete"
-    if ((code && code != AGAIN)) && [[ "$(state)" != ACTIVE ]]; then code=$LOST; fi
+    if ((code && code != AGAIN && code != STOPPED)) && [[ "$(state)" != ACTIVE ]]; then code=$LOST; fi
     case "$code" in
       0) break ;;
       "$AGAIN") say "the command saved and wants to go on" ;;
+      "$STOPPED") fail "the command was stopped; the same call of this script goes on with it" ;;
       "$LOST") [[ "$SPOT" ]] || fail "machines were lost; the same command asks for others (--spot does so by itself)"
         say "machines were taken away; asking again" ;;
       *) ((failures++ < RETRIES)) || { echo "error: the command failed with status $code" >&2; exit "$code"; }
@@ -453,7 +456,7 @@ main() {
   [[ "$ACTION" == run ]] || touch "$TEMPORARY/created"   # which --dry_run takes for granted
   case "$ACTION" in
     run) require TYPE VERSION && read_type && run_on_tpu ;;
-    stop) stop_all ;;
+    stop) stop_all by_hand ;;
     delete) delete ;;
     status | logs) watch_job ;;
   esac

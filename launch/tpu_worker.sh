@@ -5,7 +5,8 @@
 #   tpu_worker.sh start COMMAND...      starts the job, unless it runs; what an earlier one left is forgotten
 #   tpu_worker.sh attach LINE           prints the job's output from that line on until it ends, and its status
 #   tpu_worker.sh status                prints "running", "ended STATUS" or "nothing"
-#   tpu_worker.sh stop                  SIGTERM, upon which training saves; SIGKILL after $STOP_SECONDS
+#   tpu_worker.sh stop [by_hand]        SIGTERM, upon which training saves; SIGKILL after $STOP_SECONDS. By hand:
+#                                       whoever is attached sees status 253 instead, not to start it again
 set -euo pipefail
 
 FOLDER="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"   # code/ and job/ lie beside this file
@@ -60,6 +61,7 @@ attach() {
   fi
   tail -n "+$line" --pid="$(<"$JOB/pid")" -s 0.2 -F "$JOB/log" 2>/dev/null || true
   [[ -f "$JOB/status" ]] && code="$(<"$JOB/status")"
+  [[ -f "$JOB/by_hand" ]] && code=253
   echo "== the job ended with status $code"
 }
 
@@ -80,6 +82,7 @@ stop() {
     return
   fi
   pid="$(<"$JOB/pid")"
+  [[ "${1:-}" != by_hand ]] || touch "$JOB/by_hand"
   kill -TERM -- "-$pid"
   for ((second = 0; second < ${STOP_SECONDS:-120}; second++)); do
     if ! is_running; then

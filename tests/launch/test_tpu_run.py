@@ -174,14 +174,14 @@ def test_a_script_that_is_ended_leaves_the_job_running_and_another_call_follows_
     assert sorted(begun.read_text().split()) == ["0", "1", "began", "began"]  # once each
 
 
-def test_stop_lets_the_job_save(cloud):
+def test_stop_lets_the_job_save_and_a_script_that_follows_it_ends(cloud):
     shell = ('trap \'echo saved >>"$CLOUD/saved"; exit 75\' TERM; touch "$CLOUD/on$WORKER"; '
              'while true; do sleep 0.1; done')
     process = cloud.start(*SLICE, "--", "bash", "-c", shell)
     wait_for(lambda: (cloud.folder / "on0").exists() and (cloud.folder / "on1").exists())
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
     stopped = cloud.run("stop", *WHERE)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and "the command was stopped" in error and "wants to go on" not in error
     assert stopped.returncode == 0 and stopped.out.split() == ["stopped", "stopped"]
     assert (cloud.folder / "saved").read_text().split() == ["saved", "saved"]
     assert cloud.run("status", *WHERE).out.splitlines() == ["ended 75", "ended 75"]
