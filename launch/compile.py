@@ -18,7 +18,6 @@ import functools
 import json
 import math
 import pathlib
-import shlex
 
 from absl import flags
 
@@ -98,8 +97,8 @@ def bindings(report: aot.Report, with_remat: bool) -> list[str]:
 
 
 def shown(settings: list[str]) -> str:
-    """Returns gin bindings as flags for a shell."""
-    return " ".join(f"--gin={shlex.quote(one)}" for one in settings)
+    """Returns gin bindings as flags for a shell; text in them stands in single quotes."""
+    return " ".join(f'--gin="{one}"' for one in settings)
 
 
 def _bytes(count: float) -> str:
