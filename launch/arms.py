@@ -19,10 +19,12 @@ class Arm:
     gin_files: tuple[str, ...]
     bindings: tuple[str, ...] = ()
 
-    def command(self, python: str, workdir: str, through: str = "") -> list[str]:
+    def command(self, python: str, workdir: str, through: str = "",
+                init_from: str | None = None) -> list[str]:
         """Returns the command line; behind `through`, in which {name} stands for the name with dashes."""
         train = [python, "-m", "launch.train", *(f"--gin_file={path}" for path in self.gin_files),
-                 *(f"--gin={binding}" for binding in self.bindings), f"--workdir={workdir}"]
+                 *(f"--gin={binding}" for binding in self.bindings), f"--workdir={workdir}",
+                 *([f"--init_from={init_from}"] if init_from else [])]
         if not through:
             return train
         dashed = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")

@@ -34,6 +34,8 @@ _TRACEBACK = flags.DEFINE_bool(
 # Flags that several commands have; each declares the ones it reads as its own (declare_key_flag).
 MODEL = flags.DEFINE_string("model", None, "Work directory of a run, or a Hugging Face folder.")
 DATA = flags.DEFINE_multi_string("data", [], "Folder with annotations.jsonl (docs/data_format.md)")
+INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "Work directory or Hugging Face folder whose weights the first step starts from.")
 OUTPUT = flags.DEFINE_string("output", None, "Folder or file to write.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 512, "Longest answer.", lower_bound=1)
 DTYPE = flags.DEFINE_enum(

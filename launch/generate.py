@@ -71,7 +71,8 @@ def main(arguments: list[str]) -> None:
 def _check_flags() -> None:
     """Raises ValueError for what can be seen before a large model is read."""
     if not (cli.MODEL.value and _PROMPT.value):
-        raise ValueError("--model and --prompt are needed (--help explains them)")
+        raise ValueError("--model and --prompt must be given (--help explains them); got no "
+                         + ("--prompt" if cli.MODEL.value else "--model"))
     if not all(map(str.strip, _PROMPT.value)):
         raise ValueError("--prompt must be a question; got an empty one")
     media = [*_IMAGE.value, *([] if _VIDEO.value is None else [_VIDEO.value])]

@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
     world, seed = draw_lib.WORLD.value, cli.SEED.value
     workdir = cli.workdir(run.ROOT / "runs" / world).absolute()
     job = Job(world=world, workdir=workdir, config=settings(world, workdir, cli.bindings(), seed), seed=seed,
-              scale=_SCALE.value, start=train.INIT_FROM.value)
+              scale=_SCALE.value, start=cli.INIT_FROM.value)
     try:
         with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
             quickstart(job)

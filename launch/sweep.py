@@ -7,9 +7,10 @@
   python -m launch.sweep summary --workdir=runs/pooling
 
 An arm is a combination of the values of all axes (--zip: the first values, the second values, ...), or a gin
-file given by --arm, or both. Each has a folder below --workdir, which bears its name. The same command goes
-on: arms that are finished are left alone. --through starts the arms by another command, {name} standing for
-the arm: --through='launch/tpu_run.sh --name={name} --type=v6e-8 --zone=... --project=... --version=...'. Then
+file given by --arm, or both; all of them start from --init_from, if given. Each has a folder below --workdir,
+which bears its name. The same command goes on: arms that are finished are left alone. --through starts the
+arms by another command, {name} standing for the arm:
+--through='launch/tpu_run.sh --name={name} --type=v6e-8 --zone=... --project=... --version=...'. Then
 --workdir must be on a disk that this machine shares with those of the arms.
 `summary` writes summary.md, summary.json and summary.html: the last losses, and the scores that
 `launch.evaluate --output=FOLDER/ARM/scores.json` left.
@@ -38,7 +39,7 @@ _ZIP = flags.DEFINE_bool("zip", False, "Take the axes' values in step instead of
 _JOBS = flags.DEFINE_integer("jobs", 1, "Arms trained at a time.", lower_bound=1)
 _THROUGH = flags.DEFINE_string("through", "", "Command in front of each arm's own, {name} its name.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands instead.")
-for _name in ("gin_file", "gin", "workdir", "traceback"):
+for _name in ("gin_file", "gin", "workdir", "init_from", "traceback"):
     flags.declare_key_flag(_name)
 
 RECORD = "sweep.json"
@@ -54,15 +55,17 @@ def main(arguments: list[str]) -> None:
                      list(map(arms_lib.parse_axis, _AXIS.value)), cli.bindings(), _ZIP.value)
     # A mistake in any arm ends the sweep before the first one starts.
     steps = {arm.name: run.resolve(arm.gin_files, arm.bindings).train.steps for arm in arms}
-    folder = cli.workdir()
+    folder, start = cli.workdir(), cli.INIT_FROM.value
+    if start and pathlib.Path(start).exists():  # arms start in another folder; a path of the pods stays
+        start = str(pathlib.Path(start).absolute())
     if _DRY_RUN.value:
         for arm in arms:
-            print(shlex.join(arm.command(sys.executable, str(folder / arm.name), _THROUGH.value)))
+            print(shlex.join(arm.command(sys.executable, str(folder / arm.name), _THROUGH.value, start)))
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECORD).write_text(json.dumps({arm.name: [*arm.gin_files, *arm.bindings] for arm in arms},
                                             indent=1), encoding="utf-8")
-    failed = train_all(arms, folder, steps, _JOBS.value, _THROUGH.value)
+    failed = train_all(arms, folder, steps, _JOBS.value, _THROUGH.value, start)
     if failed:
         raise ValueError("all arms must end well; failed: "
                          + ", ".join(f"{name} (see {folder / name}.log)" for name in failed))
@@ -91,13 +94,14 @@ def is_finished(workdir: pathlib.Path, steps: int) -> bool:
 
 
 def train_all(arms: Sequence[arms_lib.Arm], folder: pathlib.Path, steps: dict[str, int], jobs: int,
-              through: str = "") -> list[str]:
+              through: str = "", init_from: str | None = None) -> list[str]:
     """Trains the arms that are not finished, `jobs` at a time; returns the names of those that failed."""
     def train(arm: arms_lib.Arm) -> bool:
         if is_finished(folder / arm.name, steps[arm.name]):
             print(f"{arm.name}: finished before")
             return True
-        command = arm.command(sys.executable, str((folder / arm.name).absolute()), through)
+        command = arm.command(sys.executable, str((folder / arm.name).absolute()), through,
+                              init_from)
         print(f"{arm.name}: started", flush=True)
         with open(folder / f"{arm.name}.log", "a", encoding="utf-8") as log:
             code = subprocess.run(command, cwd=run.ROOT, stdin=subprocess.DEVNULL, stdout=log,

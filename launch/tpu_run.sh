@@ -64,15 +64,18 @@ parse() {
         continue ;;
       --help | -h) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" && exit 0 ;;
       --) shift && COMMAND=("$@") && break ;;
-      *) fail "unknown argument $1; see --help" ;;
+      *) fail "unknown argument $1; words are status, logs, stop and delete; see --help" ;;
     esac
     shift
   done
   [[ "$ACTION" != run ]] || ((${#COMMAND[@]})) || fail "a command must follow --; see --help"
+  [[ "${COMMAND[0]:-}" != *" "* ]] || fail "the command must be words, not one quoted text; got '${COMMAND[0]}'"
+  [[ -z "$JOBSET" || -z "$SETUP" ]] || fail "a JobSet runs no --setup: its image holds links, --claim mounts a disk"
   [[ -z "$SLICES" || "$SLICES" =~ ^[1-9][0-9]*$ ]] || fail "--slices must be a number >= 1; got $SLICES"
   [[ "$RETRIES" =~ ^[0-9]+$ ]] || fail "--retries must be a number; got $RETRIES"
   [[ -z "$LOCAL" || "$LOCAL" =~ ^[1-9][0-9]*$ ]] || fail "--local must be a number >= 1; got $LOCAL"
   [[ -z "$CLAIM" || "$CLAIM" == ?*:/* ]] || fail "--claim must be CLAIM:FOLDER; got $CLAIM"
+  [[ -z "$CLAIM" || "$JOBSET" ]] || fail "--claim is for --jobset only; --setup mounts disks elsewhere"
 }
 
 require() {
@@ -173,7 +176,7 @@ change() { if [[ "$DRY" ]]; then show gcloud compute tpus "$@" "--zone=$ZONE" "-
 state() {
   local problem="$TEMPORARY/problem"
   if [[ "$DRY" ]]; then
-    show gcloud compute tpus queued-resources describe "$NAME" '--format=value(state.state)'
+    change queued-resources describe "$NAME" '--format=value(state.state)'
     [[ -f "$TEMPORARY/created" ]] && echo ACTIVE || echo NONE
   elif ! gcloud_tpu queued-resources describe "$NAME" '--format=value(state.state)' 2>"$problem"; then
     grep -qiE 'not.?found|does not exist' "$problem" || fail "$(<"$problem")"
@@ -342,7 +345,7 @@ run_on_tpu() {
     esac
     sleep "$POLL"
   done
-  say "the command has ended well on all machines"
+  [[ "$DRY" ]] || say "the command has ended well on all machines"
   [[ -z "$DELETE" ]] || delete
 }
 
@@ -351,7 +354,7 @@ watch_job() {
   local now
   [[ "$ACTION" == status ]] || require TYPE
   now="$(state)" || exit 1
-  say "queued resource $NAME: $now"
+  [[ "$DRY" ]] || say "queued resource $NAME: $now"
   if [[ "$ACTION" == status ]]; then
     [[ "$now" != ACTIVE ]] || status
   else

@@ -37,14 +37,12 @@ from molmo2_jax import train
 from molmo2_jax.hf import remote_code
 from molmo2_jax.inputs import tokenizer as tokenizers
 
-INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "Work directory or Hugging Face folder whose weights the first step starts from.")
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST steps to record into <workdir>/profile, for TensorBoard or Perfetto.")
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", "~/.cache/molmo2_jax/programs", "Folder of compiled programs, also gs://...; a run "
     "that goes on then need not compile again. Empty: none. JAX_COMPILATION_CACHE_DIR wins over it.")
-for _name in ("gin_file", "gin", "workdir", "traceback"):
+for _name in ("gin_file", "gin", "workdir", "init_from", "traceback"):
     flags.declare_key_flag(_name)
 
 
@@ -60,7 +58,8 @@ def main(arguments: list[str]) -> None:
     faulthandler.register(signal.SIGUSR1, sys.__stderr__)
     with last_words.spoken(workdir):
         try:
-            finished = fit(config, workdir, first_params(config, INIT_FROM.value, workdir), profile).finished
+            start = first_params(config, cli.INIT_FROM.value, workdir)
+            finished = fit(config, workdir, start, profile).finished
         except guard.Divergence as error:
             sys.exit(f"error: {error}")
         if not finished:

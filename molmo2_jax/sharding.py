@@ -65,7 +65,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         sizes[sizes.index(-1)] = max(1, len(devices) // -math.prod(sizes))
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh sizes {dict(zip(AXES, sizes))} must multiply to the number of devices; "
-                         f"got {len(devices)} devices")
+                         f"got {len(devices)} devices for {math.prod(sizes)} (-1 takes what is left)")
     # Explicit axes, the default, make Linen's logical partitioning raise.
     kinds = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})

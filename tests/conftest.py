@@ -11,6 +11,8 @@ os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0"]).strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+# Where TensorFlow is installed (for seqio) it would look for gs:// in the cloud, not in the tests' memory.
+os.environ["EPATH_USE_TF"] = "false"
 # Programs compiled by an earlier run are read back: most of the suite's time is compilation.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

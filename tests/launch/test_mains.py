@@ -111,7 +111,7 @@ def test_generate_answers_several_questions_and_streams_what_it_prints(model_fol
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--prompt=Where?"], "--model and --prompt are needed"),
+    (["--prompt=Where?"], "must be given (--help explains them); got no --model"),
     (["--model=MODEL", "--prompt=Where?", "--video=a.mp4", "--image=a.png"], "got both"),
     (["--model=/nowhere", "--prompt=Where?"], "got /nowhere"),
     (["--model=/nowhere", "--prompt=Where?", "--prompt= "], "got an empty one"),

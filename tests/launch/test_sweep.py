@@ -85,8 +85,10 @@ def test_every_arm_of_a_dry_run_resolves_to_what_it_says(start, tmp_path, capsys
 
 def test_arms_may_be_started_through_another_command(start, tmp_path, capsys):
     assert start(f"--gin_file={BASE}", f"--axis={WINDOWS}", f"--workdir={tmp_path}", "--dry_run",
-                 "--through=launch/tpu_run.sh --name=mine-{name} --type=v6e-8") == 0
+                 "--through=launch/tpu_run.sh --name=mine-{name} --type=v6e-8",
+                 "--init_from=gs://mine/run") == 0
     first = shlex.split(capsys.readouterr().out.splitlines()[0])
+    assert first[-1] == "--init_from=gs://mine/run"
     assert first[:6] == ["launch/tpu_run.sh", "--name=mine-video-window-2x2", "--type=v6e-8", "--",
                          "python", "-m"]
 
@@ -122,7 +124,7 @@ lines = [{"step": step, "loss": 2.0 - seed - step / 10, "accuracy": 0.5} for ste
 def folder(tmp_path, monkeypatch):
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
-    monkeypatch.setattr(arms.Arm, "command", lambda arm, python, workdir, through="": [
+    monkeypatch.setattr(arms.Arm, "command", lambda arm, python, workdir, through="", init_from=None: [
         python, str(script), f"--workdir={workdir}"])
     return tmp_path / "sweep"
 
