@@ -65,6 +65,22 @@ class Frames:
     fps: float               # average rate of the source video
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Media:
+    """What annotations and answers are relative to: a video or images as the model sees them, without pixels.
+
+    Text alone has no sizes. Only a video has `seconds`.
+    """
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels of each image, or of the one video
+    seconds: np.ndarray | None = None        # float64[N] at which frames are shown, from the start of the clip
+    duration: float = 0.0                    # of the clip, seconds
+    fps: float = 0.0                         # average rate of the source video
+
+    @property
+    def is_video(self) -> bool:
+        return self.seconds is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class Crops:
     """Pixels and their grouping into visual tokens, with the visual part of the token sequence.
