@@ -49,6 +49,20 @@ class VideoIndex:
         return self.end - self.begin
 
 
+def url(path) -> str:
+    """Returns the name by which FFmpeg opens a file; it would take what precedes a colon for a protocol."""
+    return "file:" + os.fsdecode(path)
+
+
+def _best_stream(container):
+    """Returns the video stream that players show (av_find_best_stream), never a cover picture, or None."""
+    best = container.streams.best("video")
+    if best is None or not best.disposition & Disposition.attached_pic:
+        return best
+    films = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
+    return max(films, key=lambda one: bool(one.disposition & Disposition.default), default=None)
+
+
 class Reader:
     """An open file. Whatever FFmpeg finds wrong with it leaves as a MediaError naming the file."""
 
@@ -69,7 +83,7 @@ class Reader:
 
     def _open(self):
         try:
-            self._container = av.open(os.fspath(self.path), metadata_errors="replace")
+            self._container = av.open(url(self.path), metadata_errors="replace")
         except (av.FFmpegError, ValueError, OSError) as error:
             raise MediaError(f"{self.path}: cannot be opened as a video: {_reason(error)}") from error
         try:
@@ -79,11 +93,10 @@ class Reader:
             raise
 
     def _open_stream(self):
-        streams = [stream for stream in self._container.streams.video
-                   if not stream.disposition & Disposition.attached_pic]
-        if not streams:
+        self.stream = _best_stream(self._container)
+        if self.stream is None:
             raise MediaError(f"{self.path}: has no video stream")
-        self.stream, self.codec = streams[0], streams[0].codec_context
+        self.codec = self.stream.codec_context
         if self.codec is None:
             raise MediaError(f"{self.path}: its video codec is unknown")
         self.codec.thread_count = 1
