@@ -10,21 +10,18 @@ Source: paper, section 3.1; reference: olmo/data/video_loader.py (time sampling 
 
 import dataclasses
 import math
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from molmo2_jax import types
 from molmo2_jax.inputs import image
+from molmo2_jax.inputs import orientation
 from molmo2_jax.inputs import video_file
 
 MediaError = image.MediaError
 EDGE_SECONDS = 1e-6            # requested times stay this far inside the stream
-# Building swscale's tables costs as much as decoding a small clip; they are kept while the format stays.
-_converters = threading.local()
 
 
 # Times
@@ -94,7 +91,7 @@ def tracking_seconds(duration: float, max_frames: int, video_fps: float, annotat
 
 
 def index(path) -> video_file.VideoIndex:
-    """Returns the index of the first video stream of a file.
+    """Returns the index of the video stream that players show.
 
     Raises:
       MediaError: missing, empty, broken, or without video frames.
@@ -155,20 +152,36 @@ def _runs(index: video_file.VideoIndex, frames: Iterable[int]) -> list[_Run]:
     return runs
 
 
-def _decode(reader: video_file.Reader, runs: Iterable[_Run]) -> Iterator[av.VideoFrame]:
-    """Yields decoded frames in presentation order; of the unwanted ones only those that others need."""
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    """A decoded frame and the display matrix that applies to it."""
+    frame: av.VideoFrame
+    matrix: orientation.Matrix | None
+
+
+def _decode(reader: video_file.Reader, runs: Iterable[_Run]) -> Iterator[_Picture]:
+    """Yields decoded pictures in presentation order; of the unwanted ones only those that others need."""
     for run in runs:
-        for place, packet in reader.between(run.first, run.last):
-            reader.check_time()
-            reader.codec.skip_frame = "DEFAULT" if place in run.wanted else "NONREF"
-            yield from reader.codec.decode(packet)
-        yield from reader.codec.decode(None)  # what the decoder still holds back for reordering
-        reader.codec.flush_buffers()
+        matrix = None
+        for frame in _decode_run(reader, run):
+            own = orientation.display_matrix(frame)
+            if own is not None or frame.key_frame:  # a message in the stream comes with its keyframes only
+                matrix = own
+            yield _Picture(frame, matrix)
+
+
+def _decode_run(reader: video_file.Reader, run: _Run) -> Iterator[av.VideoFrame]:
+    for place, packet in reader.between(run.first, run.last):
+        reader.check_time()
+        reader.codec.skip_frame = "DEFAULT" if place in run.wanted else "NONREF"
+        yield from reader.codec.decode(packet)
+    yield from reader.codec.decode(None)  # what the decoder still holds back for reordering
+    reader.codec.flush_buffers()
 
 
 def _wanted(reader: video_file.Reader, index: video_file.VideoIndex,
-            frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yields (frame number, decoded frame) for ascending frame numbers.
+            frames: Sequence[int]) -> Iterator[tuple[int, _Picture]]:
+    """Yields (frame number, decoded picture) for ascending frame numbers.
 
     Streams whose decoder does not hand out every frame that the packets promise are decoded from the
     start, and the frame before takes the place of one that is missing, as on a screen.
@@ -177,16 +190,16 @@ def _wanted(reader: video_file.Reader, index: video_file.VideoIndex,
     if index.timed:
         of_ticks = {int(index.ticks[frame]): frame for frame in frames}
         for decoded in _decode(reader, _runs(index, frames)):
-            if decoded.pts in of_ticks:
-                yield of_ticks.pop(decoded.pts), decoded
+            if decoded.frame.pts in of_ticks:
+                yield of_ticks.pop(decoded.frame.pts), decoded
         pending = sorted(of_ticks.values())
     if not pending:
         return
     whole = _Run(0, int(index.packets.max()), frozenset(index.packets.tolist()))
     shown = None
     for count, decoded in enumerate(_decode(reader, [whole])):
-        by_time = index.timed and decoded.pts is not None
-        frame = np.searchsorted(index.ticks, decoded.pts) if by_time else count
+        ticks = decoded.frame.pts if index.timed else None
+        frame = count if ticks is None else np.searchsorted(index.ticks, ticks)
         while pending and frame > pending[0] and shown is not None:
             yield pending.pop(0), shown
         shown = decoded
@@ -235,7 +248,7 @@ def _pixels(reader: video_file.Reader, contents: video_file.VideoIndex, frames: 
     """Returns uint8[N, rows, columns, 3] of frames, and the source's (height, width)."""
     pixels, shape = None, None
     for frame, decoded in _wanted(reader, contents, np.unique(frames).tolist()):
-        rgb = _upright_rgb(decoded)
+        rgb = orientation.upright_rgb(decoded.frame, decoded.matrix)
         shape = shape or rgb.shape
         if size is not None:
             rgb = image.resize(rgb, *size)
@@ -246,12 +259,3 @@ def _pixels(reader: video_file.Reader, contents: video_file.VideoIndex, frames: 
                              f"then {rgb.shape[1]} x {rgb.shape[0]}")
         pixels[frames == frame] = rgb
     return pixels, shape[:2]
-
-
-def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """Returns uint8[H, W, 3], turned counterclockwise by what the rotation flag says, in quarter turns."""
-    if not hasattr(_converters, "rgb"):
-        _converters.rgb = VideoReformatter()
-    rgb = _converters.rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    turns = round(frame.rotation / 90) % 4
-    return np.rot90(rgb, turns) if turns else rgb
