@@ -246,16 +246,29 @@ def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, f
 def _pixels(reader: video_file.Reader, contents: video_file.VideoIndex, frames: np.ndarray,
             size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """Returns uint8[N, rows, columns, 3] of frames, and the source's (height, width)."""
-    pixels, shape = None, None
-    for frame, decoded in _wanted(reader, contents, np.unique(frames).tolist()):
-        rgb = orientation.upright_rgb(decoded.frame, decoded.matrix)
+    pixels, shape, before = None, None, 0
+    for frame, picture in _wanted(reader, contents, np.unique(frames).tolist()):
+        rgb = orientation.upright_rgb(picture.frame, picture.matrix)
         shape = shape or rgb.shape
+        if rgb.shape != shape:
+            raise _changed_size(reader, contents, shape, (before, frame))
         if size is not None:
             rgb = image.resize(rgb, *size)
         if pixels is None:
             pixels = np.empty((len(frames), *rgb.shape), np.uint8)
-        if rgb.shape != pixels.shape[1:]:
-            raise MediaError(f"{reader.path}: all frames must have one size; got {shape[1]} x {shape[0]}, "
-                             f"then {rgb.shape[1]} x {rgb.shape[0]}")
         pixels[frames == frame] = rgb
+        before = frame
     return pixels, shape[:2]
+
+
+def _changed_size(reader, contents, shape, frames: tuple[int, int]) -> MediaError:
+    """Returns the error of a film that has `shape` at frames[0] and another at frames[1]."""
+    reader.codec.flush_buffers()
+    between = range(frames[0] + 1, frames[1] + 1)
+    keys = [frame for frame in between if contents.start[frame] == contents.packets[frame]]
+    pictures = ((frame, orientation.upright_rgb(picture.frame, picture.matrix).shape)
+                for frame, picture in _wanted(reader, contents, keys or [frames[1]]))
+    frame, other = next((one for one in pictures if one[1] != shape), (frames[1], None))
+    then = f"{other[1]} x {other[0]}" if other else "another"
+    return MediaError(f"{reader.path}: all frames must have one size; got {shape[1]} x {shape[0]}, then "
+                      f"{then} from {contents.seconds[frame] - contents.begin:.3f} seconds on")

@@ -271,6 +271,46 @@ def test_a_film_of_one_frame_is_shown_at_its_start_and_end(tmp_path):
     assert [number_of(picture) for picture in frames.pixels] == [0, 0]
 
 
+# Frames of several sizes
+
+
+def joined(path, sizes, *, count=24, codec="libx264", ending="ts"):
+    """Writes one stream of parts, `count` frames each at 12 frames/s, of the given (columns, rows)."""
+    parts = []
+    for columns, rows in sizes:
+        part = path.with_name(f"part_{columns}.{ending}")
+        with av.open(str(part), "w") as out:
+            stream = out.add_stream(codec, rate=12, options={"bf": "2", "g": "12"})
+            stream.width, stream.height, stream.pix_fmt = columns, rows, "yuv420p"
+            for number in range(count):
+                picture = numbered(number, rows, columns)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                # A late start keeps the muxer from moving the first part to make its times positive.
+                frame.pts, frame.time_base = 12 + number + len(parts) * count, fractions.Fraction(1, 12)
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode(None))
+        parts.append(part.read_bytes())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize("size", [None, (24, 24)])
+@pytest.mark.parametrize("name, codec, second", [
+    ("film.ts", "libx264", 2.0), ("film.ts", "mpeg2video", 2.0), ("film.h264", "libx264", 0.96)])
+def test_a_film_whose_frame_size_changes_is_refused_with_the_time(name, codec, second, size, tmp_path):
+    path = joined(tmp_path / name, [(64, 32), (128, 64)], codec=codec, ending=name.split(".")[1])
+    with pytest.raises(video.MediaError, match=f"{name}: all frames must have one size; got 64 x 32, then "
+                                               f"128 x 64 from {second:.3f} seconds on"):
+        video.read(path, max_frames=3, size=size)
+
+
+def test_a_clip_in_which_the_size_does_not_change_is_read(tmp_path):
+    path = joined(tmp_path / "film.ts", [(64, 32), (128, 64)])
+    assert video.read(path, max_frames=3, clip=(0.0, 1.5), size=(24, 24)).width == 64
+    late = video.read(path, max_frames=3, clip=(2.0, 3.5))
+    assert (late.width, [number_of(one) for one in late.pixels]) == (128, [0, 9, 18])
+
+
 # Broken files
 
 
