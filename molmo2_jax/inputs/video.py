@@ -9,6 +9,7 @@ Source: paper, section 3.1; reference: olmo/data/video_loader.py (time sampling 
 """
 
 import dataclasses
+import fractions
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -22,6 +23,8 @@ from molmo2_jax.inputs import video_file
 
 MediaError = image.MediaError
 EDGE_SECONDS = 1e-6            # requested times stay this far inside the stream
+# A time this little before a frame shows it: sums of floats miss by less, and so do times with six decimals.
+ROUNDING_SECONDS = 6e-7
 
 
 # Times
@@ -103,6 +106,8 @@ def index(path) -> video_file.VideoIndex:
 def clip_span(index: video_file.VideoIndex, clip: tuple[float, float] | None) -> tuple[float, float]:
     """Returns (stream time at which the clip begins, duration of the clip), both in seconds.
 
+    The duration is the difference of the decimal numbers, correctly rounded: 1.0 of a clip from 1.2 to 2.2.
+
     Raises:
       ValueError: the clip does not satisfy 0 <= start < end, start < duration.
     """
@@ -112,20 +117,28 @@ def clip_span(index: video_file.VideoIndex, clip: tuple[float, float] | None) ->
     if not (0 <= start < end and start < index.duration):
         raise ValueError(f"a clip must satisfy 0 <= start < end and start < {index.duration:.3f} seconds, "
                          f"the duration; got {start} .. {end}")
-    return index.begin + start, min(end, index.duration) - start
+    exact = min(_decimal(end), index.length or _decimal(index.duration)) - _decimal(start)
+    return index.begin + start, float(exact)
+
+
+def _decimal(number: float) -> fractions.Fraction:
+    """Returns the shortest decimal number that is stored as this float: what a person wrote."""
+    return fractions.Fraction(repr(float(number)))
 
 
 def frames_at(index: video_file.VideoIndex, seconds: np.ndarray,
               clip: tuple[float, float] | None = None) -> np.ndarray:
     """Returns int64[N]: the frame on display at each time, counted from the start of the clip.
 
-    That is the last frame whose presentation time is not after the time; times outside the stream are moved
-    to its first or last instant.
+    That is the last frame whose presentation time is at most ROUNDING_SECONDS after the time, so that a time
+    equal to a frame's shows that frame. Times outside the stream are moved to its first or last instant.
     """
-    times = clip_span(index, clip)[0] + np.asarray(seconds, np.float64)
+    clip_span(index, clip)  # checks the clip
+    times = (clip[0] if clip else 0.0) + np.asarray(seconds, np.float64)
     # The upper edge last: a stream may be shorter than both edges together.
-    times = np.minimum(np.maximum(times, index.begin + EDGE_SECONDS), index.end - EDGE_SECONDS)
-    return np.maximum(np.searchsorted(index.seconds, times, side="right") - 1, 0)
+    times = np.minimum(np.maximum(times, EDGE_SECONDS), index.duration - EDGE_SECONDS)
+    shown = np.searchsorted(index.elapsed, times + ROUNDING_SECONDS, side="right") - 1
+    return np.maximum(shown, 0)
 
 
 # Decoding

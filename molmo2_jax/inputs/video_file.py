@@ -43,10 +43,19 @@ class VideoIndex:
     height: int
     fps: float             # average
     timed: bool = True
+    unit: fractions.Fraction | None = None    # seconds per tick; None where only `seconds` are known
+    length: fractions.Fraction | None = None  # seconds, exact; None where only begin and end are known
 
     @property
     def duration(self) -> float:
-        return self.end - self.begin
+        return self.end - self.begin if self.length is None else float(self.length)
+
+    @property
+    def elapsed(self) -> np.ndarray:
+        """float64[N] seconds since the first frame, to the last bit also where `seconds` are large."""
+        if self.unit is None:
+            return self.seconds - self.begin
+        return (self.ticks - self.ticks[0]) * self.unit.numerator / self.unit.denominator
 
 
 def url(path) -> str:
@@ -203,13 +212,14 @@ def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
         timed = stream.container.format.name != "avi" or not stream.codec_context.has_b_frames
     keys = [place for place, row in enumerate(rows) if row[2]] if timed else []
     seconds = ticks.astype(np.float64) * unit.numerator / unit.denominator
-    begin, end = float(seconds[0]), float((ticks[-1] + last) * unit) if last > 0 else float(
-        seconds[-1] + float(1 / (rate or FALLBACK_FPS)))
+    length = int(ticks[-1] - ticks[0]) * unit + (last * unit if last > 0 else 1 / (rate or FALLBACK_FPS))
+    begin, end = float(seconds[0]), float(int(ticks[0]) * unit + length)
     if not begin < end:
         raise ValueError(f"has impossible time stamps: {begin} .. {end} seconds")
-    stated, counted = float(rate or 0), len(ticks) / (end - begin)
+    stated, counted = float(rate or 0), len(ticks) / float(length)
     return VideoIndex(
-        seconds=seconds, ticks=ticks, packets=packets, timed=timed, begin=begin, end=end,
+        seconds=seconds, ticks=ticks, packets=packets, timed=timed, begin=begin, end=end, unit=unit,
+        length=length,
         start=_starts(ticks, packets, np.array(keys, np.int64),
                       np.array([rows[place][0] for place in keys], np.int64)),
         width=stream.codec_context.width, height=stream.codec_context.height,

@@ -1,5 +1,6 @@
 """Times to look at, the frames shown then, and their decoding, against goldens and real files."""
 
+import dataclasses
 import fractions
 import json
 import pathlib
@@ -176,6 +177,48 @@ def test_a_clip_must_lie_in_the_video():
 def test_times_outside_the_stream_show_its_first_or_last_frame():
     contents = index_of([5.0, 6.0, 7.0], 8.0)
     assert video.frames_at(contents, [-9.0, 0.0, 0.999, 1.0, 3.0, 99.0]).tolist() == [0, 0, 0, 1, 2, 2]
+
+
+def random_index(rng):
+    """Returns (index, exact seconds since its first frame) of a film of any rate, unit and start."""
+    rate = fractions.Fraction(int(rng.choice([1, 10, 24, 25, 30, 60, 120, 240])))
+    rate *= fractions.Fraction(*map(int, rng.choice([(1, 1), (1000, 1001)])))
+    unit = fractions.Fraction(1, int(rng.choice([1000, 12800, 90000, 1_000_000])))
+    begin = int(rng.choice([0, 1, rng.integers(10**6), rng.integers(10**13)]))
+    ticks = [begin + round(number / rate / unit) for number in range(rng.integers(2, 2000))]
+    length = (ticks[-1] - begin) * unit + 1 / rate
+    contents = index_of([float(tick * unit) for tick in ticks], float(begin * unit + length))
+    contents = dataclasses.replace(contents, ticks=np.array(ticks), unit=unit, length=length)
+    return contents, [(tick - begin) * unit for tick in ticks]
+
+
+def test_a_time_that_falls_on_a_frame_shows_that_frame():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        contents, exact = random_index(rng)
+        start = int(rng.integers(0, max(1, int(exact[-1] * 10)))) / 10 if rng.random() < 0.7 else 0.0
+        clip, begin = (start, start + 1e6) if start else None, fractions.Fraction(repr(start))
+        wanted = [number for number, second in enumerate(exact) if second >= begin]
+        for seconds in ([float(exact[number] - begin) for number in wanted],
+                        [float(exact[number]) - start for number in wanted],         # rounded twice
+                        [round(float(exact[number] - begin), 6) for number in wanted]):
+            assert video.frames_at(contents, seconds, clip).tolist() == wanted
+        before = np.array(seconds[1:]) - 2e-6
+        assert video.frames_at(contents, before, clip).tolist() == wanted[:-1]
+
+
+@pytest.mark.parametrize("clip, duration", [
+    ((1.2, 2.2), 1.0), ((0.1, 0.4), 0.3), ((2.2, 9.0), 0.8), ((0, 3), 3.0)])
+def test_the_duration_of_a_clip_is_that_of_the_numbers_as_written(clip, duration):
+    assert video.clip_span(index_of([0.0, 1.0, 2.0], 3.0), clip)[1] == duration
+
+
+def test_a_film_that_starts_late_is_sampled_as_one_that_does_not(tmp_path):
+    plain = video.read(write(tmp_path / "plain.ts", 60, between=0), max_frames=99, fps=10)
+    for shift in (90_000, 123_457, 8_000_000_001):
+        late = video.read(write(tmp_path / "late.ts", 60, between=0, shift=shift), max_frames=99, fps=10)
+        assert late.seconds.tolist() == plain.seconds.tolist()
+        assert [number_of(one) for one in late.pixels] == [*range(0, 60, 3), 59]
 
 
 # Decoding
