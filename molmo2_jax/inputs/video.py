@@ -25,6 +25,7 @@ MediaError = image.MediaError
 EDGE_SECONDS = 1e-6            # requested times stay this far inside the stream
 # A time this little before a frame shows it: sums of floats miss by less, and so do times with six decimals.
 ROUNDING_SECONDS = 6e-7
+WHOLE_RATE = 0.0025            # a rate this near a whole number, relatively, is it; NTSC's differ by 0.001
 
 
 # Times
@@ -53,18 +54,24 @@ def sample_seconds(duration: float, max_frames: int, fps: float | None = 2.0) ->
 
 
 def tracking_rates(video_fps: float, annotation_fps: float, max_fps: int = 10) -> list[int]:
-    """Returns the rates allowed for a tracking clip, ascending: at most max_fps frames/s, multiples of the
-    annotation's rate, dividing the video's.
+    """Returns the rates allowed for a tracking clip, ascending: multiples of the annotation's rate, at most
+    max_fps and the video's rate.
+
+    They divide the video's rate where that is whole, or NTSC's 1000/1001 of a whole number: the reference's
+    rule, which knows no other rates.
 
     Raises:
       ValueError: no such rate exists.
     """
     whole = round(video_fps)
-    rates = [rate for rate in range(1, min(max_fps, whole) + 1)
-             if annotation_fps > 0 and rate % annotation_fps == 0 and whole % rate == 0]
-    if not rates or abs(video_fps - whole) > 0.05:
+    is_whole = abs(video_fps - whole) <= WHOLE_RATE * whole
+    highest = whole if is_whole else math.floor(video_fps)
+    rates = [rate for rate in range(1, min(max_fps, highest) + 1)
+             if annotation_fps > 0 and rate % annotation_fps == 0 and (whole % rate == 0 or not is_whole)]
+    if not rates:
         raise ValueError(f"a tracking clip needs a rate <= {max_fps} frames/s that is a multiple of "
-                         f"annotation_fps and divides video_fps; got {annotation_fps} and {video_fps}")
+                         f"annotation_fps and divides video_fps where that is whole; "
+                         f"got {annotation_fps} and {video_fps}")
     return rates
 
 
@@ -244,7 +251,8 @@ def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, f
         contents = reader.index()
         duration = clip_span(contents, clip)[1]
         if seconds is None and tracking_fps is not None:
-            seconds = tracking_seconds(duration, max_frames, contents.fps, tracking_fps, max_tracking_fps)
+            seconds = tracking_seconds(duration, max_frames, contents.nominal_fps, tracking_fps,
+                                       max_tracking_fps)
         elif seconds is None:
             seconds = sample_seconds(duration, max_frames, fps)
         seconds = np.asarray(seconds, np.float64)

@@ -57,6 +57,16 @@ class VideoIndex:
             return self.seconds - self.begin
         return (self.ticks - self.ticks[0]) * self.unit.numerator / self.unit.denominator
 
+    @property
+    def nominal_fps(self) -> float:
+        """The rate of the frames that follow each other without a gap; missing frames do not lower it."""
+        gaps = np.diff(self.elapsed)
+        if not len(gaps):
+            return self.fps
+        middle = np.sort(gaps)[len(gaps) // 2]
+        regular = gaps[(gaps > 0.5 * middle) & (gaps < 1.5 * middle)]
+        return len(regular) / regular.sum()
+
 
 def url(path) -> str:
     """Returns the name by which FFmpeg opens a file; it would take what precedes a colon for a protocol."""

@@ -112,10 +112,24 @@ def test_impossible_sampling_is_refused(arguments, rule):
         video.sample_seconds(*arguments)
 
 
-@pytest.mark.parametrize("video_fps, annotation_fps", [(30, 4), (30, 0), (7.5, 1), (30, 15)])
+@pytest.mark.parametrize("video_fps, annotation_fps", [
+    (30, 4), (30, 0), (30, 15), (25, 2), (15, 2), (25 / 1.001, 2), (0.9, 1), (7.5, 8)])
 def test_tracking_without_a_common_rate_is_refused(video_fps, annotation_fps):
     with pytest.raises(ValueError, match="tracking clip needs a rate"):
         video.tracking_seconds(5.0, 8, video_fps, annotation_fps)
+
+
+@pytest.mark.parametrize("video_fps, like", [
+    (30 / 1.001, 30), (60 / 1.001, 60), (120 / 1.001, 120), (240 / 1.001, 240), (59.91, 60), (29.98, 30),
+    (24 / 1.001, 24), (15 / 1.001, 15)])
+def test_rates_of_cameras_allow_what_the_whole_rate_allows(video_fps, like):
+    assert video.tracking_rates(video_fps, 1) == video.tracking_rates(like, 1)
+
+
+@pytest.mark.parametrize("video_fps, annotation_fps, rates", [
+    (7.5, 1, [1, 2, 3, 4, 5, 6, 7]), (12.5, 2, [2, 4, 6, 8, 10]), (28.6, 2, [2, 4, 6, 8, 10]), (2.4, 2, [2])])
+def test_a_rate_that_is_not_whole_only_bounds_the_rates_allowed(video_fps, annotation_fps, rates):
+    assert video.tracking_rates(video_fps, annotation_fps) == rates
 
 
 # From time to frame
@@ -312,6 +326,51 @@ def test_a_film_of_one_frame_is_shown_at_its_start_and_end(tmp_path):
     frames = video.read(write(tmp_path / "one.mp4", 1), max_frames=128)
     assert frames.seconds == pytest.approx([0, 1 / 30]) and frames.fps == 30
     assert [number_of(picture) for picture in frames.pixels] == [0, 0]
+
+
+def camera(path, rate, count, missing=()):
+    """Writes numbered frames at a rate, without those that are missing."""
+    kept, unit = [number for number in range(count) if number not in missing], 1 / fractions.Fraction(rate)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=1 / unit, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for number in kept:
+            frame = av.VideoFrame.from_ndarray(numbered(number), format="rgb24")
+            frame.pts, frame.time_base = number, unit
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path, kept
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+@pytest.mark.parametrize("rate, missing", [
+    ("30000/1001", ()), ("60000/1001", ()), ("120000/1001", ()), ("30", (31,)), ("30", (7, 31, 32, 77, 78)),
+    ("60000/1001", (40, 41, 42, 43)), ("23.7", ())])
+@pytest.mark.parametrize("tracking_fps", [1, 2])
+def test_tracks_are_shown_at_their_rate_in_films_of_any_rate(rate, missing, ending, tracking_fps, tmp_path):
+    path, kept = camera(tmp_path / f"film.{ending}", rate, 120, missing)
+    frames = video.read(path, max_frames=64, tracking_fps=tracking_fps)
+    dense = round(1 / frames.seconds[1])
+    assert dense % tracking_fps == 0 and dense <= 10
+    np.testing.assert_array_equal(frames.seconds, np.arange(len(frames.seconds)) / dense)
+    assert frames.seconds[-1] < frames.duration <= frames.seconds[-1] + 1 / dense
+    contents = video.index(path)
+    shown = np.searchsorted(contents.elapsed, frames.seconds + 1e-6, side="right") - 1
+    assert [number_of(one) for one in frames.pixels] == [kept[place] for place in shown]
+
+
+@pytest.mark.parametrize("seconds, rate", [
+    ([0.0], 1.0), ([0.0, 0.1], 10.0), ([0.0, 0.1, 1.1], 1.0), ([0.0, 0.1, 0.2, 0.5, 0.6], 10.0)])
+def test_the_nominal_rate_is_that_of_frames_without_a_gap(seconds, rate):
+    assert index_of(seconds, 9.0).nominal_fps == pytest.approx(rate)
+
+
+def test_a_film_of_25_frames_is_refused_for_two_points_a_second_also_with_a_frame_missing(tmp_path):
+    for missing in ((), (17,)):
+        path, _ = camera(tmp_path / "film.mp4", "25", 50, missing)
+        assert len(video.read(path, max_frames=64, tracking_fps=1).seconds) == 10
+        with pytest.raises(ValueError, match="tracking clip needs a rate"):
+            video.read(path, max_frames=64, tracking_fps=2)
 
 
 # Frames of several sizes
