@@ -17,11 +17,13 @@ import numpy as np
 from av.stream import Disposition
 
 from molmo2_jax.inputs import image
+from molmo2_jax.inputs import truncation
 
 MediaError = image.MediaError
 MAX_FRAME_PIXELS = 2**26       # decoders refuse larger frames; 8K video has half of it
 HELD_BYTES = 16 * 2**20        # smaller files keep their packets in memory between the two passes
 SEEK_PACKETS = 32              # from so many unneeded packets on, a seek is cheaper than reading over them
+INDEX_ENTRIES = 256            # of the end of an index, among which the one stored last must be
 FALLBACK_FPS = fractions.Fraction(25)  # of a single frame that states neither duration nor rate
 
 
@@ -147,14 +149,16 @@ class Reader:
 
     def index(self) -> VideoIndex:
         """Returns the index; reads all packets, and keeps those of a small file."""
-        rows, held = [], []
+        rows, held, packet = [], [], None
         is_small = os.path.getsize(self.path) <= HELD_BYTES
+        self._refuse(truncation.missing_end(self.path, self._container.format.name))
         for packet in self._source:
             rows.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard, packet.pos,
                          packet.size))
             if is_small:
                 held.append(packet)
         self._held, self._next = (held if is_small else None), len(rows)
+        self._refuse(_missing_packets(self.path, self.stream, packet))
         try:
             contents = _index_of(rows, self.stream)
         except ValueError as error:
@@ -162,6 +166,10 @@ class Reader:
         if not is_small and contents.timed and all(row[4] is not None for row in rows):
             self._marks = [np.array([row[column] for row in rows], np.int64) for column in (0, 4, 5)]
         return contents
+
+    def _refuse(self, reason: str | None) -> None:
+        if reason:
+            raise MediaError(f"{self.path}: cannot be decoded: it is cut off: {reason}")
 
     def between(self, first: int, last: int) -> Iterator[tuple[int, av.Packet]]:
         """Yields (place, packet) from one place in the file's order to another, both included."""
@@ -200,6 +208,18 @@ class Reader:
 def too_slow(path, max_seconds: float) -> MediaError:
     """Returns the error of a file that takes too long to read."""
     return MediaError(f"{path}: must be read within {max_seconds:g} seconds (max_read_seconds)")
+
+
+def _missing_packets(path, stream, last: av.Packet | None) -> str | None:
+    """Returns why packets must be missing after the last one that was read, or None."""
+    name, size = stream.container.format.name, os.path.getsize(path)
+    if last is not None and last.is_corrupt and name != "mpegts":  # there, the mark of any lost packet
+        return "its last frame is not whole"
+    if name.startswith("mov,"):
+        end = max((entry.pos + entry.size for entry in stream.index_entries[-INDEX_ENTRIES:]), default=0)
+        if end > size:
+            return f"its last frame ends at byte {end}, the file at {size}"
+    return None
 
 
 def _reason(error) -> str:
