@@ -12,6 +12,7 @@ from av.stream import Disposition
 
 from molmo2_jax.inputs import video
 from molmo2_jax.inputs import video_file
+from tests.inputs import test_video
 
 BLUE, RED = (0, 0, 255), (255, 0, 0)
 
@@ -102,3 +103,65 @@ def test_a_cover_picture_is_never_the_film(mark, film):
     assert video_file._best_stream(Container(cover, plain)) is plain
     assert video_file._best_stream(Container(cover, plain, default)) is default
     assert video_file._best_stream(Container(cover)) is None
+
+
+# Joined films
+
+
+def part(path, numbers, start, *, codec="libx264"):
+    """Returns a file of the frames of the given numbers at 30 frames/s from `start` seconds on."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=30, options={"bf": "2", "g": "12"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        packets = []
+        for number in numbers:
+            packets += stream.encode(av.VideoFrame.from_ndarray(test_video.numbered(number), format="rgb24"))
+        for packet in packets + stream.encode(None):
+            moved = round(start / packet.time_base)
+            packet.pts, packet.dts = packet.pts + moved, packet.dts + moved
+            out.mux(packet)
+    return path.read_bytes()
+
+
+STARTS = [(1, 1, 1), (1000, 1, 500), (1, 2, 3), (1, 1.9, 2.8), (1, 100, 5000), (90_000, 1, 1), (1, 1.95, 1)]
+
+
+def joined_parts(path, starts, codec):
+    path.write_bytes(b"".join(
+        part(path.with_stem("part"), range(30 * place, 30 * place + 30), start, codec=codec)
+        for place, start in enumerate(starts)))
+    return path
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg2video"])
+@pytest.mark.parametrize("starts", STARTS)
+def test_parts_joined_to_one_film_are_all_shown(starts, codec, held, tmp_path, monkeypatch):
+    if not held:
+        monkeypatch.setattr(video_file, "HELD_BYTES", 0)
+        monkeypatch.setattr(video_file, "SEEK_PACKETS", 1)
+    path = joined_parts(tmp_path / "film.ts", starts, codec)
+    contents = video.index(path)
+    assert len(contents.ticks) == 90 and contents.duration == pytest.approx(3, abs=0.01)
+    frames = video.read(path, max_frames=16, seconds=np.arange(0, 90, 6) / 30 + 0.001)
+    assert [test_video.number_of(picture) for picture in frames.pixels] == list(range(0, 90, 6))
+
+
+@pytest.mark.parametrize("starts", STARTS)
+def test_no_part_of_a_joined_program_stream_is_lost_in_silence(starts, tmp_path):
+    path = joined_parts(tmp_path / "film.mpg", starts, "mpeg2video")
+    try:
+        contents = video.index(path)
+    except video.MediaError as error:
+        assert "film.mpg: is joined from parts whose time stamps do not fit together" in str(error)
+    else:
+        assert len(contents.ticks) == 90 and contents.duration == pytest.approx(3, abs=0.1)
+
+
+def test_a_gap_of_some_seconds_stays_a_gap(tmp_path):
+    path = tmp_path / "film.ts"
+    path.write_bytes(part(path, range(30), 1) + part(path, range(30, 60), 6))
+    contents = video.index(path)
+    assert len(contents.ticks) == 60 and contents.duration == pytest.approx(6)
+    frames = video.read(path, max_frames=3, seconds=np.array([0.5, 3.0, 5.5]))
+    assert [test_video.number_of(picture) for picture in frames.pixels] == [15, 29, 45]
