@@ -23,6 +23,7 @@ from molmo2_jax import config as configs
 from molmo2_jax import types
 from molmo2_jax.inputs import media
 from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.inputs import video_file
 
 CPU_SECONDS = 10.0     # more is a hang
 WALL_SECONDS = 90.0    # then the reading process is killed: other work may be running on the same cores
@@ -42,7 +43,7 @@ def _pictures(count: int, rows: int, columns: int) -> Iterator[np.ndarray]:
 
 def _film(path: pathlib.Path, codec: str, options: dict[str, str], *, movflags: str = "0", rotation: int = 0,
           irregular: bool = False) -> None:
-    with av.open(str(path), "w", options={"movflags": movflags}) as out:
+    with av.open(video_file.url(path), "w", options={"movflags": movflags}) as out:
         stream = out.add_stream(codec, rate=12, options=options)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         if rotation:

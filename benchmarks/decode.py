@@ -39,7 +39,7 @@ def _ours(path, seconds, numbers):
 
 def _torchcodec(path, seconds, numbers):
     from torchcodec import decoders
-    decoder = decoders.VideoDecoder(str(path), dimension_order="NHWC", num_ffmpeg_threads=1,
+    decoder = decoders.VideoDecoder(str(path.resolve()), dimension_order="NHWC", num_ffmpeg_threads=1,
                                     seek_mode="exact")
     begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
     times = np.clip(begin + seconds, begin + video.EDGE_SECONDS, end - video.EDGE_SECONDS)
@@ -48,7 +48,7 @@ def _torchcodec(path, seconds, numbers):
 
 def _decord(path, seconds, numbers):
     import decord
-    return decord.VideoReader(str(path), num_threads=1).get_batch(numbers.tolist()).asnumpy()
+    return decord.VideoReader(str(path.resolve()), num_threads=1).get_batch(numbers.tolist()).asnumpy()
 
 
 def _resized(pixels):

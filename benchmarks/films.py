@@ -9,6 +9,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from molmo2_jax.inputs import video_file
+
 FPS = 30
 SIZES = {360: 640, 720: 1280, 1080: 1920}   # rows: columns
 UNIT = {12: 300, 60: 300, 250: 500}         # frames encoded per keyframe distance; longer films repeat them
@@ -37,7 +39,7 @@ def scenes(rows: int, count: int, seed: int = 0) -> Iterator[np.ndarray]:
 def _open(path, rows: int, keys: int) -> tuple[av.container.OutputContainer, av.VideoStream]:
     options = {"preset": "fast", "crf": QUALITY[rows], "bf": "3",
                "x264-params": f"keyint={keys}:min-keyint={keys}:scenecut=0:open-gop=0:threads=2"}
-    out = av.open(str(path), "w")
+    out = av.open(video_file.url(path), "w")
     stream = out.add_stream("libx264", rate=FPS, options=options)
     stream.width, stream.height, stream.pix_fmt = SIZES[rows], rows, "yuv420p"
     return out, stream

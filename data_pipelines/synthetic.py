@@ -27,6 +27,7 @@ from PIL import Image
 
 from data_pipelines import synthetic_annotations
 from data_pipelines import synthetic_scene
+from molmo2_jax.inputs import video_file
 
 ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
 HOPS = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y]   # cells, to a neighbour
@@ -301,7 +302,7 @@ def _sample_times(rng, config: WorldConfig) -> tuple[np.ndarray, fractions.Fract
 
 def encode(path: str | os.PathLike, images, ticks, tick: fractions.Fraction, gop: int) -> None:
     """Writes uint8[H, W, 3] images as H.264; image i appears at ticks[i], the last one ends at ticks[-1]."""
-    with av.open(os.fspath(path), "w") as container:
+    with av.open(video_file.url(path), "w") as container:
         stream = None
         for image, start, end in zip(images, ticks[:-1], ticks[1:]):
             if stream is None:

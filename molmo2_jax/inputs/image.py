@@ -315,7 +315,7 @@ def _draw(probability: float, rng) -> bool:
 
 def crops_of_frames(frames: types.Frames, config: configs.Molmo2Config, inputs: configs.InputConfig,
                     tokenizer, subtitles: str | Sequence[tuple[float, float, str]] = ()) -> types.Crops:
-    """Returns one crop per frame, and the visual tokens of the video, subtitles behind the last frame.
+    """Returns one crop per frame, and the visual tokens of the video, subtitles after the last frame.
 
     Frames not yet at the crop size are resized. `subtitles` are (start, end, text) in the time base of
     `frames.seconds`, kept where they come within a second of a frame, or one ready text.

@@ -7,6 +7,7 @@ import numpy as np
 from molmo2_jax import config as configs
 from molmo2_jax import types
 from molmo2_jax.inputs import image
+from molmo2_jax.inputs import prompt
 from molmo2_jax.inputs import time_limit
 from molmo2_jax.inputs import video
 from molmo2_jax.inputs import video_file
@@ -19,7 +20,8 @@ def see(example: types.Example, config: configs.Molmo2Config, inputs: configs.In
         rng: np.random.Generator | None = None, high_res: float = 0.0) -> tuple[types.Crops | None, View]:
     """Returns the Crops of an example's media, and its Frames or the (width, height) of its images.
 
-    Without media they are None and (). Frames are read at the size of a crop.
+    Without media they are None and (). Frames are read at the size of a crop. Subtitles
+    are cut to the clip.
 
     Args:
       high_res: probability that a single image is cut into `high_res_crops` tiles; 0 and 1 need no rng.
@@ -34,7 +36,8 @@ def see(example: types.Example, config: configs.Molmo2Config, inputs: configs.In
     late = video_file.too_slow(example.video or ", ".join(example.images), limit)
     if example.video is not None:
         frames = time_limit.within(limit, lambda: _frames(example, config, inputs), late)
-        return image.crops_of_frames(frames, config, inputs, tokenizer, example.subtitles), frames
+        subtitles = prompt.subtitles_within(example.subtitles, frames.duration)
+        return image.crops_of_frames(frames, config, inputs, tokenizer, subtitles), frames
     pixels = time_limit.within(limit, lambda: [image.load(path) for path in example.images], late)
     crops = image.crops_of_images(pixels, config, inputs, tokenizer, high_res=high_res, rng=rng)
     return crops, tuple((one.shape[1], one.shape[0]) for one in pixels)

@@ -139,9 +139,22 @@ def frame_time_text(seconds: float, is_first: bool) -> str:
     return f"{seconds:.1f} " if is_first else f" {seconds:.1f} "
 
 
+def subtitles_within(subtitles: str | Sequence[tuple[float, float, str]],
+                     duration: float) -> str | tuple[tuple[float, float, str], ...]:
+    """Returns (start, end, text) cut to a clip, 0 .. duration seconds, without those before or after it.
+
+    One ready text has no times and stays as it is. The reference does not cut: there an entry that begins
+    before the clip keeps a negative time, which names no frame.
+    """
+    if isinstance(subtitles, str):
+        return subtitles
+    return tuple((max(start, 0.0), min(end, duration), text) for start, end, text in subtitles
+                 if start < duration and end > 0)
+
+
 def subtitle_text(subtitles: str | Sequence[tuple[float, float, str]],
                   frame_seconds: Sequence[float] | None = None, margin: float = 1.0) -> str:
-    """Returns the text placed behind the frames: "subtitle", then one "START - END TEXT" per line.
+    """Returns the text placed after the frames: "subtitle", then one "START - END TEXT" per line.
 
     With `frame_seconds`, entries that come no nearer than `margin` seconds to any frame are left out. ""
     if there is nothing to say. Source: reference: olmo/preprocessing/video_preprocessor.py.

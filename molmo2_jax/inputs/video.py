@@ -9,22 +9,23 @@ Source: paper, section 3.1; reference: olmo/data/video_loader.py (time sampling 
 """
 
 import dataclasses
+import fractions
 import math
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
 from molmo2_jax import types
 from molmo2_jax.inputs import image
+from molmo2_jax.inputs import orientation
 from molmo2_jax.inputs import video_file
 
 MediaError = image.MediaError
 EDGE_SECONDS = 1e-6            # requested times stay this far inside the stream
-# Building swscale's tables costs as much as decoding a small clip; they are kept while the format stays.
-_converters = threading.local()
+# A time this little before a frame shows it: sums of floats miss by less, and so do times with six decimals.
+ROUNDING_SECONDS = 6e-7
+WHOLE_RATE = 0.0025            # a rate this near a whole number, relatively, is it; NTSC's differ by 0.001
 
 
 # Times
@@ -53,18 +54,24 @@ def sample_seconds(duration: float, max_frames: int, fps: float | None = 2.0) ->
 
 
 def tracking_rates(video_fps: float, annotation_fps: float, max_fps: int = 10) -> list[int]:
-    """Returns the rates allowed for a tracking clip, ascending: at most max_fps frames/s, multiples of the
-    annotation's rate, dividing the video's.
+    """Returns the rates allowed for a tracking clip, ascending: multiples of the annotation's rate, at most
+    max_fps and the video's rate.
+
+    They divide the video's rate where that is whole, or NTSC's 1000/1001 of a whole number: the reference's
+    rule, which knows no other rates.
 
     Raises:
       ValueError: no such rate exists.
     """
     whole = round(video_fps)
-    rates = [rate for rate in range(1, min(max_fps, whole) + 1)
-             if annotation_fps > 0 and rate % annotation_fps == 0 and whole % rate == 0]
-    if not rates or abs(video_fps - whole) > 0.05:
+    is_whole = abs(video_fps - whole) <= WHOLE_RATE * whole
+    highest = whole if is_whole else math.floor(video_fps)
+    rates = [rate for rate in range(1, min(max_fps, highest) + 1)
+             if annotation_fps > 0 and rate % annotation_fps == 0 and (whole % rate == 0 or not is_whole)]
+    if not rates:
         raise ValueError(f"a tracking clip needs a rate <= {max_fps} frames/s that is a multiple of "
-                         f"annotation_fps and divides video_fps; got {annotation_fps} and {video_fps}")
+                         f"annotation_fps and divides video_fps where that is whole; "
+                         f"got {annotation_fps} and {video_fps}")
     return rates
 
 
@@ -94,7 +101,7 @@ def tracking_seconds(duration: float, max_frames: int, video_fps: float, annotat
 
 
 def index(path) -> video_file.VideoIndex:
-    """Returns the index of the first video stream of a file.
+    """Returns the index of the video stream that players show.
 
     Raises:
       MediaError: missing, empty, broken, or without video frames.
@@ -106,6 +113,8 @@ def index(path) -> video_file.VideoIndex:
 def clip_span(index: video_file.VideoIndex, clip: tuple[float, float] | None) -> tuple[float, float]:
     """Returns (stream time at which the clip begins, duration of the clip), both in seconds.
 
+    The duration is the difference of the decimal numbers, correctly rounded: 1.0 of a clip from 1.2 to 2.2.
+
     Raises:
       ValueError: the clip does not satisfy 0 <= start < end, start < duration.
     """
@@ -115,20 +124,28 @@ def clip_span(index: video_file.VideoIndex, clip: tuple[float, float] | None) ->
     if not (0 <= start < end and start < index.duration):
         raise ValueError(f"a clip must satisfy 0 <= start < end and start < {index.duration:.3f} seconds, "
                          f"the duration; got {start} .. {end}")
-    return index.begin + start, min(end, index.duration) - start
+    exact = min(_decimal(end), index.length or _decimal(index.duration)) - _decimal(start)
+    return index.begin + start, float(exact)
+
+
+def _decimal(number: float) -> fractions.Fraction:
+    """Returns the shortest decimal number that is stored as this float: what a person wrote."""
+    return fractions.Fraction(repr(float(number)))
 
 
 def frames_at(index: video_file.VideoIndex, seconds: np.ndarray,
               clip: tuple[float, float] | None = None) -> np.ndarray:
     """Returns int64[N]: the frame on display at each time, counted from the start of the clip.
 
-    That is the last frame whose presentation time is not after the time; times outside the stream are moved
-    to its first or last instant.
+    That is the last frame whose presentation time is at most ROUNDING_SECONDS after the time, so that a time
+    equal to a frame's shows that frame. Times outside the stream are moved to its first or last instant.
     """
-    times = clip_span(index, clip)[0] + np.asarray(seconds, np.float64)
+    clip_span(index, clip)  # checks the clip
+    times = (clip[0] if clip else 0.0) + np.asarray(seconds, np.float64)
     # The upper edge last: a stream may be shorter than both edges together.
-    times = np.minimum(np.maximum(times, index.begin + EDGE_SECONDS), index.end - EDGE_SECONDS)
-    return np.maximum(np.searchsorted(index.seconds, times, side="right") - 1, 0)
+    times = np.minimum(np.maximum(times, EDGE_SECONDS), index.duration - EDGE_SECONDS)
+    shown = np.searchsorted(index.elapsed, times + ROUNDING_SECONDS, side="right") - 1
+    return np.maximum(shown, 0)
 
 
 # Decoding
@@ -155,20 +172,36 @@ def _runs(index: video_file.VideoIndex, frames: Iterable[int]) -> list[_Run]:
     return runs
 
 
-def _decode(reader: video_file.Reader, runs: Iterable[_Run]) -> Iterator[av.VideoFrame]:
-    """Yields decoded frames in presentation order; of the unwanted ones only those that others need."""
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    """A decoded frame and the display matrix that applies to it."""
+    frame: av.VideoFrame
+    matrix: orientation.Matrix | None
+
+
+def _decode(reader: video_file.Reader, runs: Iterable[_Run]) -> Iterator[_Picture]:
+    """Yields decoded pictures in presentation order; of the unwanted ones only those that others need."""
     for run in runs:
-        for place, packet in reader.between(run.first, run.last):
-            reader.check_time()
-            reader.codec.skip_frame = "DEFAULT" if place in run.wanted else "NONREF"
-            yield from reader.codec.decode(packet)
-        yield from reader.codec.decode(None)  # what the decoder still holds back for reordering
-        reader.codec.flush_buffers()
+        matrix = None
+        for frame in _decode_run(reader, run):
+            own = orientation.display_matrix(frame)
+            if own is not None or frame.key_frame:  # a message in the stream comes with its keyframes only
+                matrix = own
+            yield _Picture(frame, matrix)
+
+
+def _decode_run(reader: video_file.Reader, run: _Run) -> Iterator[av.VideoFrame]:
+    for place, packet in reader.between(run.first, run.last):
+        reader.check_time()
+        reader.codec.skip_frame = "DEFAULT" if place in run.wanted else "NONREF"
+        yield from reader.codec.decode(packet)
+    yield from reader.codec.decode(None)  # what the decoder still holds back for reordering
+    reader.codec.flush_buffers()
 
 
 def _wanted(reader: video_file.Reader, index: video_file.VideoIndex,
-            frames: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yields (frame number, decoded frame) for ascending frame numbers.
+            frames: Sequence[int]) -> Iterator[tuple[int, _Picture]]:
+    """Yields (frame number, decoded picture) for ascending frame numbers.
 
     Streams whose decoder does not hand out every frame that the packets promise are decoded from the
     start, and the frame before takes the place of one that is missing, as on a screen.
@@ -177,16 +210,16 @@ def _wanted(reader: video_file.Reader, index: video_file.VideoIndex,
     if index.timed:
         of_ticks = {int(index.ticks[frame]): frame for frame in frames}
         for decoded in _decode(reader, _runs(index, frames)):
-            if decoded.pts in of_ticks:
-                yield of_ticks.pop(decoded.pts), decoded
+            if decoded.frame.pts in of_ticks:
+                yield of_ticks.pop(decoded.frame.pts), decoded
         pending = sorted(of_ticks.values())
     if not pending:
         return
     whole = _Run(0, int(index.packets.max()), frozenset(index.packets.tolist()))
     shown = None
     for count, decoded in enumerate(_decode(reader, [whole])):
-        by_time = index.timed and decoded.pts is not None
-        frame = np.searchsorted(index.ticks, decoded.pts) if by_time else count
+        ticks = decoded.frame.pts if index.timed else None
+        frame = count if ticks is None else np.searchsorted(index.ticks, ticks)
         while pending and frame > pending[0] and shown is not None:
             yield pending.pop(0), shown
         shown = decoded
@@ -218,7 +251,8 @@ def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, f
         contents = reader.index()
         duration = clip_span(contents, clip)[1]
         if seconds is None and tracking_fps is not None:
-            seconds = tracking_seconds(duration, max_frames, contents.fps, tracking_fps, max_tracking_fps)
+            seconds = tracking_seconds(duration, max_frames, contents.nominal_fps, tracking_fps,
+                                       max_tracking_fps)
         elif seconds is None:
             seconds = sample_seconds(duration, max_frames, fps)
         seconds = np.asarray(seconds, np.float64)
@@ -233,25 +267,29 @@ def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, f
 def _pixels(reader: video_file.Reader, contents: video_file.VideoIndex, frames: np.ndarray,
             size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
     """Returns uint8[N, rows, columns, 3] of frames, and the source's (height, width)."""
-    pixels, shape = None, None
-    for frame, decoded in _wanted(reader, contents, np.unique(frames).tolist()):
-        rgb = _upright_rgb(decoded)
+    pixels, shape, before = None, None, 0
+    for frame, picture in _wanted(reader, contents, np.unique(frames).tolist()):
+        rgb = orientation.upright_rgb(picture.frame, picture.matrix)
         shape = shape or rgb.shape
+        if rgb.shape != shape:
+            raise _changed_size(reader, contents, shape, (before, frame))
         if size is not None:
             rgb = image.resize(rgb, *size)
         if pixels is None:
             pixels = np.empty((len(frames), *rgb.shape), np.uint8)
-        if rgb.shape != pixels.shape[1:]:
-            raise MediaError(f"{reader.path}: all frames must have one size; got {shape[1]} x {shape[0]}, "
-                             f"then {rgb.shape[1]} x {rgb.shape[0]}")
         pixels[frames == frame] = rgb
+        before = frame
     return pixels, shape[:2]
 
 
-def _upright_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """Returns uint8[H, W, 3], turned counterclockwise by what the rotation flag says, in quarter turns."""
-    if not hasattr(_converters, "rgb"):
-        _converters.rgb = VideoReformatter()
-    rgb = _converters.rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    turns = round(frame.rotation / 90) % 4
-    return np.rot90(rgb, turns) if turns else rgb
+def _changed_size(reader, contents, shape, frames: tuple[int, int]) -> MediaError:
+    """Returns the error of a film that has `shape` at frames[0] and another at frames[1]."""
+    reader.codec.flush_buffers()
+    between = range(frames[0] + 1, frames[1] + 1)
+    keys = [frame for frame in between if contents.start[frame] == contents.packets[frame]]
+    pictures = ((frame, orientation.upright_rgb(picture.frame, picture.matrix).shape)
+                for frame, picture in _wanted(reader, contents, keys or [frames[1]]))
+    frame, other = next((one for one in pictures if one[1] != shape), (frames[1], None))
+    then = f"{other[1]} x {other[0]}" if other else "another"
+    return MediaError(f"{reader.path}: all frames must have one size; got {shape[1]} x {shape[0]}, then "
+                      f"{then} from {contents.seconds[frame] - contents.begin:.3f} seconds on")

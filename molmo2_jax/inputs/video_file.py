@@ -3,6 +3,7 @@
 N frames. Ticks are the stream's own integer time units; places count packets in the file's order.
 """
 
+import bisect
 import contextlib
 import dataclasses
 import fractions
@@ -14,14 +15,19 @@ from collections.abc import Iterator, Sequence
 
 import av
 import numpy as np
+from av.format import Flags
 from av.stream import Disposition
 
 from molmo2_jax.inputs import image
+from molmo2_jax.inputs import truncation
 
 MediaError = image.MediaError
 MAX_FRAME_PIXELS = 2**26       # decoders refuse larger frames; 8K video has half of it
 HELD_BYTES = 16 * 2**20        # smaller files keep their packets in memory between the two passes
 SEEK_PACKETS = 32              # from so many unneeded packets on, a seek is cheaper than reading over them
+JUMP_SECONDS = 10              # longer gaps in time are those between parts that were joined (FFmpeg's value)
+BACK_SECONDS = fractions.Fraction(1, 10)  # and so are such steps back, at a keyframe also smaller ones
+INDEX_ENTRIES = 256            # of the end of an index, among which the one stored last must be
 FALLBACK_FPS = fractions.Fraction(25)  # of a single frame that states neither duration nor rate
 
 
@@ -43,10 +49,43 @@ class VideoIndex:
     height: int
     fps: float             # average
     timed: bool = True
+    unit: fractions.Fraction | None = None    # seconds per tick; None where only `seconds` are known
+    length: fractions.Fraction | None = None  # seconds, exact; None where only begin and end are known
 
     @property
     def duration(self) -> float:
-        return self.end - self.begin
+        return self.end - self.begin if self.length is None else float(self.length)
+
+    @property
+    def elapsed(self) -> np.ndarray:
+        """float64[N] seconds since the first frame, to the last bit also where `seconds` are large."""
+        if self.unit is None:
+            return self.seconds - self.begin
+        return (self.ticks - self.ticks[0]) * self.unit.numerator / self.unit.denominator
+
+    @property
+    def nominal_fps(self) -> float:
+        """The rate of the frames that follow each other without a gap; missing frames do not lower it."""
+        gaps = np.diff(self.elapsed)
+        if not len(gaps):
+            return self.fps
+        middle = np.sort(gaps)[len(gaps) // 2]
+        regular = gaps[(gaps > 0.5 * middle) & (gaps < 1.5 * middle)]
+        return len(regular) / regular.sum()
+
+
+def url(path) -> str:
+    """Returns the name by which FFmpeg opens a file; it would take what precedes a colon for a protocol."""
+    return "file:" + os.fsdecode(path)
+
+
+def _best_stream(container):
+    """Returns the video stream that players show (av_find_best_stream), never a cover picture, or None."""
+    best = container.streams.best("video")
+    if best is None or not best.disposition & Disposition.attached_pic:
+        return best
+    films = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
+    return max(films, key=lambda one: bool(one.disposition & Disposition.default), default=None)
 
 
 class Reader:
@@ -57,6 +96,7 @@ class Reader:
         self._late = time.monotonic() + max_seconds
         self._error = too_slow(path, max_seconds)
         self._held: list[av.Packet] | None = None
+        self._shifts: list[tuple[int, int]] = []  # first packet of each part but the first, ticks it is moved
         self._marks: list[np.ndarray] = []  # ticks, place in bytes, size of each packet, if it can be sought
 
     def __enter__(self) -> "Reader":
@@ -69,7 +109,7 @@ class Reader:
 
     def _open(self):
         try:
-            self._container = av.open(os.fspath(self.path), metadata_errors="replace")
+            self._container = av.open(url(self.path), metadata_errors="replace")
         except (av.FFmpegError, ValueError, OSError) as error:
             raise MediaError(f"{self.path}: cannot be opened as a video: {_reason(error)}") from error
         try:
@@ -79,11 +119,10 @@ class Reader:
             raise
 
     def _open_stream(self):
-        streams = [stream for stream in self._container.streams.video
-                   if not stream.disposition & Disposition.attached_pic]
-        if not streams:
+        self.stream = _best_stream(self._container)
+        if self.stream is None:
             raise MediaError(f"{self.path}: has no video stream")
-        self.stream, self.codec = streams[0], streams[0].codec_context
+        self.codec = self.stream.codec_context
         if self.codec is None:
             raise MediaError(f"{self.path}: its video codec is unknown")
         self.codec.thread_count = 1
@@ -115,21 +154,44 @@ class Reader:
 
     def index(self) -> VideoIndex:
         """Returns the index; reads all packets, and keeps those of a small file."""
-        rows, held = [], []
+        rows, held, packet = [], [], None
         is_small = os.path.getsize(self.path) <= HELD_BYTES
+        self._refuse(truncation.missing_end(self.path, self._container.format.name))
         for packet in self._source:
             rows.append((packet.pts, packet.duration, packet.is_keyframe, packet.is_discard, packet.pos,
-                         packet.size))
+                         packet.size, packet.dts))
             if is_small:
                 held.append(packet)
         self._held, self._next = (held if is_small else None), len(rows)
+        self._refuse(_missing_packets(self.path, self.stream, packet))
+        raw, self._shifts = rows, _joints(rows, self.stream)
         try:
+            if self._shifts:
+                rows = [(row[0] + self._shift(place), *row[1:]) for place, row in enumerate(rows)]
+                _check_joined(raw, rows, self.stream)
+                for place, packet in enumerate(held):
+                    self._move(place, packet)
             contents = _index_of(rows, self.stream)
         except ValueError as error:
             raise MediaError(f"{self.path}: {error}") from None
         if not is_small and contents.timed and all(row[4] is not None for row in rows):
-            self._marks = [np.array([row[column] for row in rows], np.int64) for column in (0, 4, 5)]
+            self._marks = [np.array([row[column] for row in raw], np.int64) for column in (0, 4, 5)]
         return contents
+
+    def _shift(self, place: int) -> int:
+        """Returns the ticks by which the part to which a packet belongs is moved."""
+        part = bisect.bisect_right(self._shifts, place, key=lambda one: one[0])
+        return self._shifts[part - 1][1] if part else 0
+
+    def _move(self, place: int, packet: av.Packet) -> None:
+        shift = self._shift(place)
+        packet.pts += shift
+        if packet.dts is not None:
+            packet.dts += shift
+
+    def _refuse(self, reason: str | None) -> None:
+        if reason:
+            raise MediaError(f"{self.path}: cannot be decoded: it is cut off: {reason}")
 
     def between(self, first: int, last: int) -> Iterator[tuple[int, av.Packet]]:
         """Yields (place, packet) from one place in the file's order to another, both included."""
@@ -141,6 +203,8 @@ class Reader:
         for packet in self._source:
             place, self._next = self._next, self._next + 1
             if place >= first:
+                if self._shifts:
+                    self._move(place, packet)
                 yield place, packet
             if place >= last:
                 return
@@ -170,6 +234,50 @@ def too_slow(path, max_seconds: float) -> MediaError:
     return MediaError(f"{path}: must be read within {max_seconds:g} seconds (max_read_seconds)")
 
 
+def _joints(rows: Sequence[tuple], stream) -> list[tuple[int, int]]:
+    """Returns (place of its first packet, ticks to add) of each part after the first of a joined stream.
+
+    Streams that may be joined from parts, as MPEG-TS, can begin their times anew or jump in them. Each part
+    then follows the one before without a gap, as in FFmpeg's programs: where decoding times go back, or
+    leave out more than JUMP_SECONDS.
+    """
+    if not stream.container.format.flags & Flags.ts_discont.value or any(row[0] is None for row in rows):
+        return []
+    back, jump = -BACK_SECONDS / stream.time_base, JUMP_SECONDS / stream.time_base
+    known = np.array([place for place, row in enumerate(rows) if row[6] is not None], np.int64)
+    steps = np.diff(np.array([row[6] for row in rows if row[6] is not None], np.int64))
+    is_key = np.array([rows[place][2] for place in known[1:]], bool)
+    is_joint = (steps < float(back)) | (steps > float(jump)) | ((steps <= 0) & is_key)
+    places = known[1:][is_joint].tolist()
+    frame = int(1 / (stream.average_rate or stream.guessed_rate or FALLBACK_FPS) / stream.time_base)
+    joints, shift = [], 0
+    for start, place, stop in zip([0, *places], places, [*places[1:], len(rows)]):
+        final = max(rows[start:place], key=lambda row: row[0])
+        shift += final[0] + (final[1] or frame) - min(row[0] for row in rows[place:stop])
+        joints.append((place, shift))
+    return joints
+
+
+def _check_joined(raw: Sequence[tuple], moved: Sequence[tuple], stream) -> None:
+    """Raises ValueError where frames would be lost: MPEG program streams mix up the times around a joint."""
+    far = JUMP_SECONDS / stream.time_base
+    if (len({row[0] for row in moved}) < len(moved)
+            or any(row[6] is not None and abs(row[0] - row[6]) > far for row in raw)):
+        raise ValueError("is joined from parts whose time stamps do not fit together")
+
+
+def _missing_packets(path, stream, last: av.Packet | None) -> str | None:
+    """Returns why packets must be missing after the last one that was read, or None."""
+    name, size = stream.container.format.name, os.path.getsize(path)
+    if last is not None and last.is_corrupt and name != "mpegts":  # there, the mark of any lost packet
+        return "its last frame is not whole"
+    if name.startswith("mov,"):
+        end = max((entry.pos + entry.size for entry in stream.index_entries[-INDEX_ENTRIES:]), default=0)
+        if end > size:
+            return f"its last frame ends at byte {end}, the file at {size}"
+    return None
+
+
 def _reason(error) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()
 
@@ -190,13 +298,14 @@ def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
         timed = stream.container.format.name != "avi" or not stream.codec_context.has_b_frames
     keys = [place for place, row in enumerate(rows) if row[2]] if timed else []
     seconds = ticks.astype(np.float64) * unit.numerator / unit.denominator
-    begin, end = float(seconds[0]), float((ticks[-1] + last) * unit) if last > 0 else float(
-        seconds[-1] + float(1 / (rate or FALLBACK_FPS)))
+    length = int(ticks[-1] - ticks[0]) * unit + (last * unit if last > 0 else 1 / (rate or FALLBACK_FPS))
+    begin, end = float(seconds[0]), float(int(ticks[0]) * unit + length)
     if not begin < end:
         raise ValueError(f"has impossible time stamps: {begin} .. {end} seconds")
-    stated, counted = float(rate or 0), len(ticks) / (end - begin)
+    stated, counted = float(rate or 0), len(ticks) / float(length)
     return VideoIndex(
-        seconds=seconds, ticks=ticks, packets=packets, timed=timed, begin=begin, end=end,
+        seconds=seconds, ticks=ticks, packets=packets, timed=timed, begin=begin, end=end, unit=unit,
+        length=length,
         start=_starts(ticks, packets, np.array(keys, np.int64),
                       np.array([rows[place][0] for place in keys], np.int64)),
         width=stream.codec_context.width, height=stream.codec_context.height,

@@ -18,6 +18,8 @@ from PIL import ImageDraw
 from PIL import ImageFilter
 from PIL import ImageFont
 
+from molmo2_jax.inputs import video_file
+
 # Distinct on light and dark ground, also for most colour-blind readers.
 COLOURS = ((255, 92, 92), (64, 156, 255), (255, 190, 40), (60, 200, 120), (190, 120, 255), (255, 130, 200),
            (40, 200, 210), (200, 150, 90))
@@ -188,7 +190,7 @@ def write_video(path, pictures: Sequence[np.ndarray], fps: float) -> None:
     if not pictures:
         raise ValueError("a video needs at least one picture; got none")
     height, width = (side // 2 * 2 for side in pictures[0].shape[:2])
-    with av.open(str(path), "w") as container:
+    with av.open(video_file.url(path), "w") as container:
         rate = fractions.Fraction(fps).limit_denominator(1000)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"

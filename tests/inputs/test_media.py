@@ -44,6 +44,13 @@ def test_a_video_gives_one_crop_a_frame_and_its_frames(film):
     assert "hello" in TOKENIZER.decode(crops.tokens)
 
 
+def test_subtitles_are_cut_to_the_clip(film):
+    said = ((-1.5, -0.25, "15"), (-0.75, 0.5, "1 0.5"), (0.5, 3.0, "5 1"), (1.25, 2.0, "15"))
+    crops, _ = see(video=film, clip=(1.0, 2.0), subtitles=said)
+    text = TOKENIZER.decode(crops.tokens)
+    assert text.endswith("subtitle\n0.0 - 0.5 1 0.5\n0.5 - 1.0 5 1\n")
+
+
 def test_images_give_their_sizes_and_text_alone_gives_nothing(tmp_path):
     for name, size in (("a.png", (50, 30)), ("b.png", (20, 70))):
         Image.new("RGB", size).save(tmp_path / name)

@@ -88,3 +88,12 @@ def test_subtitles_are_listed_near_the_frames_that_are_shown():
     assert prompt.subtitle_text(subtitles, [2.0, 19.0]) == "subtitle\n0.0 - 1.0 hello\n20.0 - 21.0 bye\n"
     assert prompt.subtitle_text(subtitles, [5.0]) == "" and prompt.subtitle_text([]) == ""
     assert prompt.subtitle_text("as it is") == "subtitle\nas it is"
+
+
+def test_subtitles_are_cut_to_the_clip():
+    subtitles = [(-9.0, -0.5, "long ago"), (-2.0, 0.0, "just before"), (-1.5, 1.0, "at its start"),
+                 (2.0, 3.0, "within"), (4.5, 7.0, "at its end"), (5.0, 6.0, "just after")]
+    assert prompt.subtitles_within(subtitles, 5.0) == (
+        (0.0, 1.0, "at its start"), (2.0, 3.0, "within"), (4.5, 5.0, "at its end"))
+    assert prompt.subtitles_within(subtitles[:2], 5.0) == prompt.subtitles_within((), 5.0) == ()
+    assert prompt.subtitles_within("as it is", 5.0) == "as it is"

@@ -1,5 +1,6 @@
 """Times to look at, the frames shown then, and their decoding, against goldens and real files."""
 
+import dataclasses
 import fractions
 import json
 import pathlib
@@ -111,10 +112,24 @@ def test_impossible_sampling_is_refused(arguments, rule):
         video.sample_seconds(*arguments)
 
 
-@pytest.mark.parametrize("video_fps, annotation_fps", [(30, 4), (30, 0), (7.5, 1), (30, 15)])
+@pytest.mark.parametrize("video_fps, annotation_fps", [
+    (30, 4), (30, 0), (30, 15), (25, 2), (15, 2), (25 / 1.001, 2), (0.9, 1), (7.5, 8)])
 def test_tracking_without_a_common_rate_is_refused(video_fps, annotation_fps):
     with pytest.raises(ValueError, match="tracking clip needs a rate"):
         video.tracking_seconds(5.0, 8, video_fps, annotation_fps)
+
+
+@pytest.mark.parametrize("video_fps, like", [
+    (30 / 1.001, 30), (60 / 1.001, 60), (120 / 1.001, 120), (240 / 1.001, 240), (59.91, 60), (29.98, 30),
+    (24 / 1.001, 24), (15 / 1.001, 15)])
+def test_rates_of_cameras_allow_what_the_whole_rate_allows(video_fps, like):
+    assert video.tracking_rates(video_fps, 1) == video.tracking_rates(like, 1)
+
+
+@pytest.mark.parametrize("video_fps, annotation_fps, rates", [
+    (7.5, 1, [1, 2, 3, 4, 5, 6, 7]), (12.5, 2, [2, 4, 6, 8, 10]), (28.6, 2, [2, 4, 6, 8, 10]), (2.4, 2, [2])])
+def test_a_rate_that_is_not_whole_only_bounds_the_rates_allowed(video_fps, annotation_fps, rates):
+    assert video.tracking_rates(video_fps, annotation_fps) == rates
 
 
 # From time to frame
@@ -176,6 +191,48 @@ def test_a_clip_must_lie_in_the_video():
 def test_times_outside_the_stream_show_its_first_or_last_frame():
     contents = index_of([5.0, 6.0, 7.0], 8.0)
     assert video.frames_at(contents, [-9.0, 0.0, 0.999, 1.0, 3.0, 99.0]).tolist() == [0, 0, 0, 1, 2, 2]
+
+
+def random_index(rng):
+    """Returns (index, exact seconds since its first frame) of a film of any rate, unit and start."""
+    rate = fractions.Fraction(int(rng.choice([1, 10, 24, 25, 30, 60, 120, 240])))
+    rate *= fractions.Fraction(*map(int, rng.choice([(1, 1), (1000, 1001)])))
+    unit = fractions.Fraction(1, int(rng.choice([1000, 12800, 90000, 1_000_000])))
+    begin = int(rng.choice([0, 1, rng.integers(10**6), rng.integers(10**13)]))
+    ticks = [begin + round(number / rate / unit) for number in range(rng.integers(2, 2000))]
+    length = (ticks[-1] - begin) * unit + 1 / rate
+    contents = index_of([float(tick * unit) for tick in ticks], float(begin * unit + length))
+    contents = dataclasses.replace(contents, ticks=np.array(ticks), unit=unit, length=length)
+    return contents, [(tick - begin) * unit for tick in ticks]
+
+
+def test_a_time_that_falls_on_a_frame_shows_that_frame():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        contents, exact = random_index(rng)
+        start = int(rng.integers(0, max(1, int(exact[-1] * 10)))) / 10 if rng.random() < 0.7 else 0.0
+        clip, begin = (start, start + 1e6) if start else None, fractions.Fraction(repr(start))
+        wanted = [number for number, second in enumerate(exact) if second >= begin]
+        for seconds in ([float(exact[number] - begin) for number in wanted],
+                        [float(exact[number]) - start for number in wanted],         # rounded twice
+                        [round(float(exact[number] - begin), 6) for number in wanted]):
+            assert video.frames_at(contents, seconds, clip).tolist() == wanted
+        before = np.array(seconds[1:]) - 2e-6
+        assert video.frames_at(contents, before, clip).tolist() == wanted[:-1]
+
+
+@pytest.mark.parametrize("clip, duration", [
+    ((1.2, 2.2), 1.0), ((0.1, 0.4), 0.3), ((2.2, 9.0), 0.8), ((0, 3), 3.0)])
+def test_the_duration_of_a_clip_is_that_of_the_numbers_as_written(clip, duration):
+    assert video.clip_span(index_of([0.0, 1.0, 2.0], 3.0), clip)[1] == duration
+
+
+def test_a_film_that_starts_late_is_sampled_as_one_that_does_not(tmp_path):
+    plain = video.read(write(tmp_path / "plain.ts", 60, between=0), max_frames=99, fps=10)
+    for shift in (90_000, 123_457, 8_000_000_001):
+        late = video.read(write(tmp_path / "late.ts", 60, between=0, shift=shift), max_frames=99, fps=10)
+        assert late.seconds.tolist() == plain.seconds.tolist()
+        assert [number_of(one) for one in late.pixels] == [*range(0, 60, 3), 59]
 
 
 # Decoding
@@ -269,6 +326,91 @@ def test_a_film_of_one_frame_is_shown_at_its_start_and_end(tmp_path):
     frames = video.read(write(tmp_path / "one.mp4", 1), max_frames=128)
     assert frames.seconds == pytest.approx([0, 1 / 30]) and frames.fps == 30
     assert [number_of(picture) for picture in frames.pixels] == [0, 0]
+
+
+def camera(path, rate, count, missing=()):
+    """Writes numbered frames at a rate, without those that are missing."""
+    kept, unit = [number for number in range(count) if number not in missing], 1 / fractions.Fraction(rate)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=1 / unit, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        for number in kept:
+            frame = av.VideoFrame.from_ndarray(numbered(number), format="rgb24")
+            frame.pts, frame.time_base = number, unit
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path, kept
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+@pytest.mark.parametrize("rate, missing", [
+    ("30000/1001", ()), ("60000/1001", ()), ("120000/1001", ()), ("30", (31,)), ("30", (7, 31, 32, 77, 78)),
+    ("60000/1001", (40, 41, 42, 43)), ("23.7", ())])
+@pytest.mark.parametrize("tracking_fps", [1, 2])
+def test_tracks_are_shown_at_their_rate_in_films_of_any_rate(rate, missing, ending, tracking_fps, tmp_path):
+    path, kept = camera(tmp_path / f"film.{ending}", rate, 120, missing)
+    frames = video.read(path, max_frames=64, tracking_fps=tracking_fps)
+    dense = round(1 / frames.seconds[1])
+    assert dense % tracking_fps == 0 and dense <= 10
+    np.testing.assert_array_equal(frames.seconds, np.arange(len(frames.seconds)) / dense)
+    assert frames.seconds[-1] < frames.duration <= frames.seconds[-1] + 1 / dense
+    contents = video.index(path)
+    shown = np.searchsorted(contents.elapsed, frames.seconds + 1e-6, side="right") - 1
+    assert [number_of(one) for one in frames.pixels] == [kept[place] for place in shown]
+
+
+@pytest.mark.parametrize("seconds, rate", [
+    ([0.0], 1.0), ([0.0, 0.1], 10.0), ([0.0, 0.1, 1.1], 1.0), ([0.0, 0.1, 0.2, 0.5, 0.6], 10.0)])
+def test_the_nominal_rate_is_that_of_frames_without_a_gap(seconds, rate):
+    assert index_of(seconds, 9.0).nominal_fps == pytest.approx(rate)
+
+
+def test_a_film_of_25_frames_is_refused_for_two_points_a_second_also_with_a_frame_missing(tmp_path):
+    for missing in ((), (17,)):
+        path, _ = camera(tmp_path / "film.mp4", "25", 50, missing)
+        assert len(video.read(path, max_frames=64, tracking_fps=1).seconds) == 10
+        with pytest.raises(ValueError, match="tracking clip needs a rate"):
+            video.read(path, max_frames=64, tracking_fps=2)
+
+
+# Frames of several sizes
+
+
+def joined(path, sizes, *, count=24, codec="libx264", ending="ts"):
+    """Writes one stream of parts, `count` frames each at 12 frames/s, of the given (columns, rows)."""
+    parts = []
+    for columns, rows in sizes:
+        part = path.with_name(f"part_{columns}.{ending}")
+        with av.open(str(part), "w") as out:
+            stream = out.add_stream(codec, rate=12, options={"bf": "2", "g": "12"})
+            stream.width, stream.height, stream.pix_fmt = columns, rows, "yuv420p"
+            for number in range(count):
+                picture = numbered(number, rows, columns)
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                # A late start keeps the muxer from moving the first part to make its times positive.
+                frame.pts, frame.time_base = 12 + number + len(parts) * count, fractions.Fraction(1, 12)
+                out.mux(stream.encode(frame))
+            out.mux(stream.encode(None))
+        parts.append(part.read_bytes())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize("size", [None, (24, 24)])
+@pytest.mark.parametrize("name, codec, second", [
+    ("film.ts", "libx264", 2.0), ("film.ts", "mpeg2video", 2.0), ("film.h264", "libx264", 0.96)])
+def test_a_film_whose_frame_size_changes_is_refused_with_the_time(name, codec, second, size, tmp_path):
+    path = joined(tmp_path / name, [(64, 32), (128, 64)], codec=codec, ending=name.split(".")[1])
+    with pytest.raises(video.MediaError, match=f"{name}: all frames must have one size; got 64 x 32, then "
+                                               f"128 x 64 from {second:.3f} seconds on"):
+        video.read(path, max_frames=3, size=size)
+
+
+def test_a_clip_in_which_the_size_does_not_change_is_read(tmp_path):
+    path = joined(tmp_path / "film.ts", [(64, 32), (128, 64)])
+    assert video.read(path, max_frames=3, clip=(0.0, 1.5), size=(24, 24)).width == 64
+    late = video.read(path, max_frames=3, clip=(2.0, 3.5))
+    assert (late.width, [number_of(one) for one in late.pixels]) == (128, [0, 9, 18])
 
 
 # Broken files

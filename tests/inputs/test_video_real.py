@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from molmo2_jax.inputs import image
+from molmo2_jax.inputs import orientation
 from molmo2_jax.inputs import video
 from molmo2_jax.inputs import video_file
 
@@ -46,7 +47,7 @@ def shown(path, seconds):
             if begins[-1] > seconds[-1]:
                 break
     places = np.searchsorted(np.array(begins), seconds, side="right") - 1
-    return np.stack([image.resize(video._upright_rgb(pixels[place]), *SIZE) for place in places])
+    return np.stack([image.resize(orientation.upright_rgb(pixels[place], None), *SIZE) for place in places])
 
 
 @pytest.mark.parametrize("package, name", clips())

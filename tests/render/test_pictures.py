@@ -89,6 +89,12 @@ def test_an_animation_plays_all_pictures_at_their_times(kind):
         assert times == [500, 200, 100]
 
 
+def test_a_video_file_may_have_a_colon_in_its_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures.write_video("12:30.mp4", [np.zeros((16, 16, 3), np.uint8)], 4)
+    assert (tmp_path / "12:30.mp4").stat().st_size
+
+
 def test_a_video_file_holds_the_pictures(tmp_path):
     cells = [np.full((33, 48, 3), value, np.uint8) for value in (20, 120, 220)]
     pictures.write_video(tmp_path / "a.mp4", cells, 4)
