@@ -17,7 +17,7 @@ from data_pipelines import order as orders
 from data_pipelines import tasks
 from molmo2_jax import config
 from molmo2_jax import types
-from molmo2_jax.inputs import media
+from molmo2_jax.inputs import media as media_lib
 from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.inputs import tokenizer as tokenizers
 
@@ -65,11 +65,11 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
     Source: reference: olmo/preprocessing/multimodal_preprocessor.py.
     """
     with _refusing(ledger.MEDIA):
-        crops, view = media.see(example, model, inputs, tokenizer, rng=rng,
-                                high_res=high_res_share if train else 0.0)
+        crops, media = media_lib.see(example, model, inputs, tokenizer, rng=rng,
+                                     high_res=high_res_share if train else 0.0)
     with _refusing(ledger.ANNOTATION):
-        branches = formats.to_branches(_asked(example, point_modes), frames_or_sizes=view, rng=rng,
-                                       train=train, num_templates=num_templates, weights=weights,
+        branches = formats.to_branches(_asked(example, point_modes), media=media, rng=rng, train=train,
+                                       num_templates=num_templates, weights=weights,
                                        is_pretraining=is_pretraining)
         places = rng.permutation(len(branches)) if train else range(len(branches))
         branches = [_weighted(branches[place], weight) for place in places]

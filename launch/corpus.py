@@ -13,7 +13,6 @@ from data_pipelines.formats import templates
 from molmo2_jax import config
 from molmo2_jax import types
 from molmo2_jax.inputs import image
-from molmo2_jax.inputs import media
 from molmo2_jax.inputs import prompt
 from molmo2_jax.inputs import video
 
@@ -34,11 +33,11 @@ def texts(folders: Sequence[str | pathlib.Path], inputs: config.InputConfig, *,
     for folder in folders:
         examples = sources.read_jsonl(pathlib.Path(folder) / "annotations.jsonl")[:most_examples]
         for number, example in enumerate(examples):
-            view = _view(example, inputs)
-            if isinstance(view, types.Frames):
+            media = _media(example, inputs)
+            if media.is_video:
                 yield from (prompt.frame_time_text(second, place == 0)
-                            for place, second in enumerate(view.seconds))
-            branches = formats.to_branches(example, frames_or_sizes=view, train=True,
+                            for place, second in enumerate(media.seconds))
+            branches = formats.to_branches(example, media=media, train=True,
                                            rng=np.random.default_rng(number), num_templates=num_templates)
             for branch in branches:
                 yield from _spoken(branch.turns)
@@ -52,15 +51,14 @@ def _spoken(turns: Sequence[str]) -> Iterator[str]:
         yield from filter(None, _MARKUP.split(text))
 
 
-def _view(example: types.Example, inputs: config.InputConfig) -> media.View:
+def _media(example: types.Example, inputs: config.InputConfig) -> types.Media:
     """Returns what a format needs to know about media, without decoding a video."""
     if example.video is None:
-        return tuple(image.load(path).shape[1::-1] for path in example.images)
+        return types.Media(sizes=tuple(image.load(path).shape[1::-1] for path in example.images))
     index = video.index(example.video)
     duration = video.clip_span(index, example.clip)[1]
-    return types.Frames(pixels=np.zeros((0, 0, 0, 3), np.uint8), width=index.width, height=index.height,
-                        seconds=video.sample_seconds(duration, inputs.max_frames, inputs.max_fps),
-                        duration=duration, fps=index.fps)
+    return types.Media(sizes=((index.width, index.height),), duration=duration, fps=index.fps,
+                       seconds=video.sample_seconds(duration, inputs.max_frames, inputs.max_fps))
 
 
 def _all_templates() -> Iterator[str]:

@@ -10,12 +10,11 @@ from data_pipelines.scoring import suite
 from molmo2_jax import evaluate
 from molmo2_jax import generate
 from molmo2_jax import types
-from molmo2_jax.inputs import media
 
 WITHOUT_SCORE = ("caption", "chat")
 
 
-def ask(example: types.Example, view: media.View, *, is_pretraining: bool = False
+def ask(example: types.Example, media: types.Media, *, is_pretraining: bool = False
         ) -> list[generate.Question]:
     """Returns what the annotations that have a score ask, in plain wording; `about` is the annotation.
 
@@ -24,8 +23,8 @@ def ask(example: types.Example, view: media.View, *, is_pretraining: bool = Fals
     Raises:
       ValueError: an annotation does not fit the media.
     """
-    found = formats.format_example(example, frames_or_sizes=view, rng=np.random.default_rng(0),
-                                   train=False, is_pretraining=is_pretraining)
+    found = formats.format_example(example, media=media, rng=np.random.default_rng(0), train=False,
+                                   is_pretraining=is_pretraining)
     pairs = zip(found.branches, (example.annotations[number] for number in found.annotations),
                 strict=True)
     return [generate.Question(turns=branch.turns[:-1], about=annotation)
@@ -38,7 +37,5 @@ def score(answered: Sequence[evaluate.Answered]) -> dict[str, float]:
 
 
 def _for_suite(one: evaluate.Answered) -> suite.Answered:
-    is_video = isinstance(one.view, types.Frames)
-    sizes = ((one.view.width, one.view.height),) if is_video else tuple(one.view)
-    return suite.Answered(annotation=one.question.about, answer=one.answer.text, sizes=sizes,
-                          duration=one.view.duration if is_video else None)
+    return suite.Answered(annotation=one.question.about, answer=one.answer.text, sizes=one.media.sizes,
+                          duration=one.media.duration if one.media.is_video else None)

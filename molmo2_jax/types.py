@@ -54,6 +54,22 @@ class Branch:
     weight: LossWeight = LossWeight()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Media:
+    """What annotations and answers are relative to: a video or images as the model sees them, without pixels.
+
+    Text alone has no sizes. Only a video has `seconds`.
+    """
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels of each image, or of the one video
+    seconds: np.ndarray | None = None        # float64[N] of the frames shown, from the start of the clip
+    duration: float = 0.0                    # of the clip, seconds
+    fps: float = 0.0                         # average rate of the source video
+
+    @property
+    def is_video(self) -> bool:
+        return self.seconds is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class Frames:
     """Frames of one video as shown at `seconds` (relative to the clip's start)."""
@@ -64,21 +80,11 @@ class Frames:
     duration: float          # of the clip, seconds
     fps: float               # average rate of the source video
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Media:
-    """What annotations and answers are relative to: a video or images as the model sees them, without pixels.
-
-    Text alone has no sizes. Only a video has `seconds`.
-    """
-    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels of each image, or of the one video
-    seconds: np.ndarray | None = None        # float64[N] at which frames are shown, from the start of the clip
-    duration: float = 0.0                    # of the clip, seconds
-    fps: float = 0.0                         # average rate of the source video
-
     @property
-    def is_video(self) -> bool:
-        return self.seconds is not None
+    def media(self) -> Media:
+        """Returns what annotations and answers are relative to."""
+        return Media(sizes=((self.width, self.height),), seconds=self.seconds, duration=self.duration,
+                     fps=self.fps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,14 +59,14 @@ class Formatted:
     dropped: tuple[int, ...]
 
 
-def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Sequence[tuple[int, int]],
+def format_example(example: types.Example, *, media: types.Media,
                    rng: np.random.Generator | np.random.RandomState, train: bool,
                    num_templates: int | None = None, weights: Weights = Weights(),
                    is_pretraining: bool = False) -> Formatted:
     """Returns the branches of an example and where they came from. The caller shuffles them for training.
 
     Args:
-      frames_or_sizes: the Frames of a video, or (width, height) in pixels of each image; () for text.
+      media: of the example, as the model sees them.
       rng: draws templates, layouts and selections of images.
       train: random wording and layouts; else the plain ones.
       num_templates: use only the first so many templates of each family; None: all. With 1, multiple choice
@@ -78,7 +78,7 @@ def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Se
       ValueError: naming example and annotation, if a point lies outside its frame, or the declared size is
         not that of the media.
     """
-    view = _view(example, frames_or_sizes, rng, train, num_templates, is_pretraining)
+    view = _view(example, media, rng, train, num_templates, is_pretraining)
     asked, dropped = [], []
     for number, annotation in enumerate(example.annotations):
         try:
@@ -115,17 +115,16 @@ def to_branches(example: types.Example, **how) -> tuple[types.Branch, ...]:
     return format_example(example, **how).branches
 
 
-def _view(example, frames_or_sizes, rng, train, num_templates, is_pretraining) -> views.View:
-    is_video = isinstance(frames_or_sizes, types.Frames)
-    sizes = tuple(frames_or_sizes) if not is_video else (
-        (frames_or_sizes.width, frames_or_sizes.height),)
-    if is_video != (example.video is not None) or not is_video and len(sizes) != len(example.images):
-        raise ValueError(f"{example.key}: needs the Frames of its video, or one size for each of its "
-                         f"{len(example.images)} images; got {type(frames_or_sizes).__name__} with {sizes}")
+def _view(example, media: types.Media, rng, train, num_templates, is_pretraining) -> views.View:
+    is_video = example.video is not None
+    if media.is_video != is_video or not is_video and len(media.sizes) != len(example.images):
+        raise ValueError(f"{example.key}: media must be its video, or have one size for each of its "
+                         f"{len(example.images)} images; got {'a video' if media.is_video else 'images'} "
+                         f"with sizes {media.sizes}")
     if num_templates is not None and num_templates < 1:
         raise ValueError(f"num_templates must be >= 1; got {num_templates}")
-    return views.View(sizes=sizes, seconds=frames_or_sizes.seconds if is_video else None, rng=rng,
-                      train=train, num_templates=num_templates, is_pretraining=is_pretraining)
+    return views.View(sizes=media.sizes, seconds=media.seconds, rng=rng, train=train,
+                      num_templates=num_templates, is_pretraining=is_pretraining)
 
 
 def _weight(annotation: Mapping, view: views.View, weights: Weights) -> types.LossWeight:

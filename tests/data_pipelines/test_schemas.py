@@ -12,6 +12,7 @@ from data_pipelines import tasks
 from data_pipelines.schemas import media
 from molmo2_jax import types
 
+VIDEO = types.Media(sizes=((640, 480),), seconds=np.arange(7) / 2, duration=3.0, fps=6.0)
 A = {"image_sha256": "a", "label": "Mug"}
 POINT_ROW = {"video_id": "v", "video_duration": 3.0, "clip_start": None, "clip_end": None, "label": "ball",
              "count": 2, "two_fps_timestamps": [0.5, 1.0],
@@ -154,11 +155,8 @@ def folder(tmp_path):
 
 def turns_of(example):
     """Returns the conversations about an example whose media have 640 x 480 pixels and last 3 seconds."""
-    view = ((640, 480),) * len(example.images)
-    if example.video:
-        view = types.Frames(pixels=np.zeros((7, 0, 0, 3), np.uint8), seconds=np.arange(7) / 2, width=640,
-                            height=480, duration=3.0, fps=6.0)
-    branches = formats.to_branches(example, frames_or_sizes=view, rng=np.random.default_rng(0), train=False)
+    media = VIDEO if example.video else types.Media(sizes=((640, 480),) * len(example.images))
+    branches = formats.to_branches(example, media=media, rng=np.random.default_rng(0), train=False)
     return [branch.turns for branch in branches]
 
 
@@ -214,11 +212,9 @@ def test_records_without_media_are_left_out_and_named(folder):
 def test_what_the_recipe_draws_at_every_use_is_drawn_then(folder):
     schemas.convert("video_point", [POINT_ROW], folder)
     [example] = sources.read_jsonl(folder / "annotations.jsonl")
-    view = types.Frames(pixels=np.zeros((7, 0, 0, 3), np.uint8), seconds=np.arange(7) / 2, width=640,
-                        height=480, duration=3.0, fps=6.0)
 
     def answers(example):
-        return {formats.to_branches(example, frames_or_sizes=view, rng=np.random.default_rng(seed),
+        return {formats.to_branches(example, media=VIDEO, rng=np.random.default_rng(seed),
                                     train=True)[0].turns[1] for seed in range(12)}
     assert len({answer.startswith("Counting") for answer in answers(example)}) == 2
     schemas.convert("video_choice", [{"video_id": "v", "Question": "?", "Answer": "yes",

@@ -15,6 +15,7 @@ from data_pipelines.scoring import hits
 from data_pipelines.scoring import points
 from data_pipelines.scoring import suite
 from data_pipelines.scoring import tracks
+from molmo2_jax import types
 from molmo2_jax.inputs import video
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens" / "metrics" / "cases.json").read_text())
@@ -306,18 +307,19 @@ def answered(tmp_path_factory):
     items = []
     for example in sources.read_jsonl(path):
         if example.video:
-            media = video.read(example.video, max_frames=128, size=(8, 8))
-            sizes, duration = ((media.width, media.height),), media.duration
+            media = video.read(example.video, max_frames=128, size=(8, 8)).media
         else:
-            media, duration = [Image.open(path).size for path in example.images], None
-            sizes = tuple(media)
+            media = types.Media(sizes=tuple(Image.open(path).size for path in example.images))
         made = formats.format_example(
-            example, frames_or_sizes=media, rng=np.random.default_rng(0), train=False
+            example, media=media, rng=np.random.default_rng(0), train=False
         )
         assert not made.dropped
         items += [
             suite.Answered(
-                annotation=example.annotations[n], answer=branch.turns[-1], sizes=sizes, duration=duration
+                annotation=example.annotations[n],
+                answer=branch.turns[-1],
+                sizes=media.sizes,
+                duration=media.duration if media.is_video else None,
             )
             for n, branch in zip(made.annotations, made.branches, strict=True)
         ]

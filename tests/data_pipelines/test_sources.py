@@ -10,14 +10,7 @@ from data_pipelines import sources
 from molmo2_jax import types
 
 DOC = pathlib.Path(__file__).parents[2] / "docs" / "data_format.md"
-VIDEO = types.Frames(
-    pixels=np.zeros((7, 1, 1, 3), np.uint8),
-    seconds=np.arange(7) / 2,
-    width=640,
-    height=480,
-    duration=3.0,
-    fps=30.0,
-)
+VIDEO = types.Media(sizes=((640, 480),), seconds=np.arange(7) / 2, duration=3.0, fps=30.0)
 EXAMPLES = re.findall(r"```json\n(.*?)```\s+```text\n(.*?)```", DOC.read_text(), re.DOTALL)
 
 
@@ -48,10 +41,8 @@ def test_every_example_of_the_document_reads_and_becomes_the_text_printed_under_
         path = write_lines(tmp_path, json.dumps(json.loads(source)))
         [example] = sources.read_jsonl(path)
         size = (4, 3) if "tiny" in source else (640, 480)
-        media = VIDEO if example.video else [size] * len(example.images)
-        branches = formats.to_branches(
-            example, frames_or_sizes=media, rng=np.random.default_rng(0), train=False
-        )
+        media = VIDEO if example.video else types.Media(sizes=(size,) * len(example.images))
+        branches = formats.to_branches(example, media=media, rng=np.random.default_rng(0), train=False)
         spoken = [
             f"{who}: {turn}\n"
             for branch in branches

@@ -156,11 +156,12 @@ def test_what_is_drawn_is_what_the_model_saw_also_of_a_part_of_a_clip(drawn, tra
     tokenizer = tokenizers.train_small(["0.0"], config.text.vocab_size)
     example = dataclasses.replace(whole, clip=(0.25, 0.75), tracking_fps=tracking_fps)
     _, seen = media.see(example, config, inputs, tokenizer)
-    pixels, view = showcase._media(example, inputs)
-    assert view.seconds.tolist() == seen.seconds.tolist() and view.duration == seen.duration == 0.5
-    later = showcase._frames_at(whole, view.seconds + 0.25)
-    assert np.array_equal(pixels, later) and np.array_equal(showcase._frames_at(example, view.seconds), later)
-    assert not np.array_equal(pixels, showcase._frames_at(whole, view.seconds))
+    pixels, shown = showcase._media(example, inputs)
+    assert shown.seconds.tolist() == seen.seconds.tolist() and shown.duration == seen.duration == 0.5
+    later = showcase._frames_at(whole, shown.seconds + 0.25)
+    assert np.array_equal(pixels, later)
+    assert np.array_equal(showcase._frames_at(example, shown.seconds), later)
+    assert not np.array_equal(pixels, showcase._frames_at(whole, shown.seconds))
 
 
 def test_points_of_a_track_move_evenly_between_its_times():
