@@ -84,14 +84,14 @@ class DataConfig:
                      f"{sorted(tasks.MIXTURES)}",
                      self.train)
 
-    def shape(self, model: config.Molmo2Config) -> dict[str, int]:
-        """Returns T, M, R and W of every row, as packing.join takes them."""
+    def shape(self, model: config.Molmo2Config) -> types.RowShape:
+        """Returns the shape of every row."""
         windows = (model.connector.image_window, model.connector.video_window)
         widest = max(math.prod(window) for window in windows)
         _require(self.window is None or self.window >= widest,
                  f"window must hold the model's larger pooling window, {widest} patches", self.window)
         R = self.row_tokens if self.row_visual_tokens is None else self.row_visual_tokens
-        return {"T": self.row_tokens, "M": self.row_crops, "R": R, "W": self.window or widest}
+        return types.RowShape(T=self.row_tokens, M=self.row_crops, R=R, W=self.window or widest)
 
 
 def _require(is_right: bool, rule: str, value) -> None:
@@ -146,7 +146,7 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
     preparer = preparation.Preparer(
         order=order.Order(list(sizes.values()), lessons, data.seed),
         examples=tuple(examples.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
-        max_tokens=shape["T"], max_crops=shape["M"], max_visual_tokens=shape["R"],
+        max_tokens=shape.T, max_crops=shape.M, max_visual_tokens=shape.R,
         num_templates=data.num_templates, weights=data.weights, is_pretraining=data.is_pretraining)
     mine = number // shard_count
     return Batches(data, preparer, errors, number, range(shard_index * mine, (shard_index + 1) * mine))

@@ -126,21 +126,15 @@ def default_mesh(rows: int, num_devices: int, slices: int = 1) -> sharding.MeshC
                                context=num_devices // slices // groups)
 
 
-def abstract_batch(model: config_lib.Molmo2Config, shape: dict[str, int], rows: int, mesh) -> types.Batch:
-    """Returns ShapeDtypeStructs of `rows` rows of `shape` (T, M, R and W), laid out over the mesh."""
-    T, M, R, W = (shape[letter] for letter in "TMRW")
-    ints = jax.ShapeDtypeStruct((rows, T), jnp.int32)
-    batch = types.Batch(*(ints,) * len(types.Batch._fields))._replace(
-        weights=jax.ShapeDtypeStruct((rows, T), jnp.float32),
-        patches=jax.ShapeDtypeStruct((rows, M, model.vision.num_patches, model.vision.patch_values),
-                                     jnp.uint8),
-        pooled=jax.ShapeDtypeStruct((rows, R, W), jnp.int32))
-    sharding.check_batch(mesh, rows, T)
+def abstract_batch(model: config_lib.Molmo2Config, shape: types.RowShape, rows: int, mesh) -> types.Batch:
+    """Returns ShapeDtypeStructs of `rows` rows of `shape`, laid out over the mesh."""
+    batch = types.batch_shapes(rows, shape, model.vision.patch_shape)
+    sharding.check_batch(mesh, rows, shape.T)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch,
                         sharding.of_batch(mesh, batch))
 
 
-def lower(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig, shape: dict[str, int],
+def lower(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig, shape: types.RowShape,
           rows: int, mesh):
     """Returns (the lowered train step, its abstract state and batch)."""
     model = config.model(model_config)
@@ -179,7 +173,7 @@ def compile_lowered(lowered, hints: Callable[[], list[str]], chip: chips_lib.Chi
 
 
 def compile_step(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig,
-                 shape: dict[str, int], rows: int, topology: str, *, slices: int = 1,
+                 shape: types.RowShape, rows: int, topology: str, *, slices: int = 1,
                  mesh_config: sharding.MeshConfig | None = None):
     """Returns (Report, text of the compiled program) of one train step.
 
@@ -208,7 +202,7 @@ def _hints(config, optimiser, shape, rows, mesh) -> list[str]:
     if rows > groups:
         hints.append(f"fewer rows per group of devices (here {rows // groups})")
     context = 2 * mesh.shape["context"]
-    if shape["T"] % context == 0:
+    if shape.T % context == 0:
         hints.append(f"context = {context} (each device then holds half as many tokens and crops)")
     if mesh.shape["data"] > 1:
         hints.append(f"fsdp = {2 * mesh.shape['fsdp']} instead of data (halves parameters and moments)")
@@ -220,15 +214,15 @@ def _hints(config, optimiser, shape, rows, mesh) -> list[str]:
 def _report(slice_, slices, mesh, rows, config, model_config, shape, state, batch, memory, text,
             seconds) -> Report:
     devices = slice_.devices * slices
-    model_flops = flops_lib.train_step(model_config, rows=rows, **shape)
-    again = flops_lib.recomputed(model_config, config.remat, config.vision_remat, rows=rows, **shape)
+    model_flops = flops_lib.train_step(model_config, rows=rows, shape=shape)
+    again = flops_lib.recomputed(model_config, config.remat, config.vision_remat, rows=rows, shape=shape)
     hardware = model_flops.plus(again).total
     moved = hlo.collectives(text, mesh.size // slices)
     over = lambda network: sum(size for name, size in moved.items() if name.startswith(network))
     times = {"compute": hardware / (devices * slice_.chip.flops), "ici": over("ici") / slice_.chip.ici_rate,
              "dcn": over("dcn") / slice_.chip.dcn_rate}
     bounded_by = max(times, key=times.get)
-    crops = rows * shape["M"] / mesh.size
+    crops = rows * shape.M / mesh.size
     v, vision_remat = model_config.vision, config.vision_remat or config.remat
     kept = v.num_layers * KEPT_BY_VIT[vision_remat]
     offloaded = bytes_per_device(state.opt_state, on_host=True)

@@ -44,7 +44,7 @@ shape = config.data.shape(config.model)
 report, program = aot.compile_step(
     config.model, config.train, config.optim, shape, config.data.batch_rows, "v5p-256")
 found = set(re.findall(r"\\b(?:pred|[a-z]+\\d+)\\[([\\d,]+)\\]", program))
-print(json.dumps([compile.as_dict(report), shape["T"], [list(map(int, one.split(","))) for one in found]]))
+print(json.dumps([compile.as_dict(report), shape.T, [list(map(int, one.split(","))) for one in found]]))
 """
 
 
@@ -92,7 +92,7 @@ two_slices = compile.compile_one(waiting, "v5e:2x2", slices=2)
 def one(mesh, remat):
     train = dataclasses.replace(config.train, remat=remat, vision_remat="dots")
     return compile.compile_one(dataclasses.replace(config, train=train, mesh=mesh), "v6e:2x4")
-meshes = aot_fit.candidates(8, shape["T"], 8)
+meshes = aot_fit.candidates(8, shape.T, 8)
 fitted = aot_fit.search(one, meshes[1:], tries=1, seconds=600, say=said.append)
 answers = aot_generate.compile_answers(config.model, shape, "v6e:1x1", new_tokens=8, dtype="bfloat16")
 print(json.dumps([said, *map(compile.as_dict, (two_slices, fitted, answers))]))
