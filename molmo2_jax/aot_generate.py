@@ -18,7 +18,7 @@ from molmo2_jax.model import molmo2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class AnswersReport:
     """What is known of the two programs; bytes of one chip, operations of reading one batch of prompts."""
     topology: str
     dtype: str
@@ -44,8 +44,8 @@ class Report:
 
 def compile_answers(model_config: config_lib.Molmo2Config, shape: types.RowShape, topology: str, *,
                     rows: int = 1, questions: int = 1, new_tokens: int = 512, dtype: str = "float32"
-                    ) -> Report:
-    """Returns the Report of answering prompts of `shape` on one chip of the slice.
+                    ) -> AnswersReport:
+    """Returns the AnswersReport of answering prompts of `shape` on one chip of the slice.
 
     Raises:
       ValueError: unknown topology.
@@ -60,7 +60,7 @@ def compile_answers(model_config: config_lib.Molmo2Config, shape: types.RowShape
         (reading, first), (writing, second) = (aot.compile_lowered(program, hints, chip)
                                                for program in (begin, advance))
     once = _read(model_config, shape, rows, questions)
-    return Report(
+    return AnswersReport(
         topology=chips_lib.find(topology).name, dtype=dtype, rows=rows, questions=questions,
         prompt_tokens=shape.T, crops=shape.M, new_tokens=new_tokens, parameters=params, memory=memory,
         prefill_peak=reading.memory_analysis().peak_memory_in_bytes,

@@ -42,9 +42,9 @@ class VisionConfig:
 
     def __post_init__(self):
         require(self.image_size % self.patch_size == 0,
-                 "image_size must be a multiple of patch_size", (self.image_size, self.patch_size))
+                "image_size must be a multiple of patch_size", (self.image_size, self.patch_size))
         require(min(self.width, self.num_layers, self.num_heads, self.head_dim, self.mlp_width) >= 1,
-                 "sizes of the ViT must be >= 1", self)
+                "sizes of the ViT must be >= 1", self)
 
     @property
     def grid(self) -> int:
@@ -81,7 +81,7 @@ class ConnectorConfig:
         require(len(self.taps) >= 1 and min(self.taps) >= 0, "taps must name layers >= 0", self.taps)
         for window in (self.image_window, self.video_window):
             require(len(window) == 2 and min(window) >= 1,
-                     "a pooling window must be at least (1, 1) patches", window)
+                    "a pooling window must be at least (1, 1) patches", window)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,11 +118,11 @@ class TextConfig:
 
     def __post_init__(self):
         require(self.num_heads % self.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads",
-                 (self.num_heads, self.num_kv_heads))
+                (self.num_heads, self.num_kv_heads))
         require(self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
         require(self.additional_vocab_size >= len(SPECIAL_TOKENS),
-                 f"additional_vocab_size must hold the {len(SPECIAL_TOKENS)} special tokens",
-                 self.additional_vocab_size)
+                f"additional_vocab_size must hold the {len(SPECIAL_TOKENS)} special tokens",
+                self.additional_vocab_size)
         require(self.qk_norm in ("qwen3", "olmo"), "qk_norm must be 'qwen3' or 'olmo'", self.qk_norm)
 
 
@@ -136,10 +136,10 @@ class Molmo2Config:
 
     def __post_init__(self):
         require(max(self.connector.taps) < self.vision.num_layers,
-                 f"taps must name one of the {self.vision.num_layers} ViT layers", self.connector.taps)
+                f"taps must name one of the {self.vision.num_layers} ViT layers", self.connector.taps)
         require(self.visual_attention in ("image_tokens", "within_image", "causal"),
-                 "visual_attention must be 'image_tokens', 'within_image' or 'causal'",
-                 self.visual_attention)
+                "visual_attention must be 'image_tokens', 'within_image' or 'causal'",
+                self.visual_attention)
 
     def special_id(self, token: str) -> int:
         """Vocabulary id of one of SPECIAL_TOKENS."""
@@ -162,14 +162,14 @@ class InputConfig:
 
     def __post_init__(self):
         require(self.max_crops >= 1 and self.high_res_crops >= 1, "crop limits must be >= 1",
-                 (self.max_crops, self.high_res_crops))
+                (self.max_crops, self.high_res_crops))
         require(self.max_frames >= 1, "max_frames must be >= 1", self.max_frames)
         require(self.max_fps > 0, "max_fps must be > 0 frames per second", self.max_fps)
         require(self.max_tracking_fps >= 1, "max_tracking_fps must be >= 1 frame per second",
-                 self.max_tracking_fps)
+                self.max_tracking_fps)
         require(self.max_read_seconds > 0, "max_read_seconds must be > 0", self.max_read_seconds)
         require(min(self.overlap_margins) >= 0, "overlap_margins must be >= 0 patches",
-                 self.overlap_margins)
+                self.overlap_margins)
 
 
 def molmo2_8b() -> Molmo2Config:
