@@ -37,8 +37,8 @@ def texts(folders: Sequence[str | pathlib.Path], inputs: config.InputConfig, *,
             if media.is_video:
                 yield from (prompt.frame_time_text(second, place == 0)
                             for place, second in enumerate(media.seconds))
-            branches = formats.to_branches(example, media=media, train=True,
-                                           rng=np.random.default_rng(number), num_templates=num_templates)
+            branches = formats.to_branches(example, media=media, rng=np.random.default_rng(number),
+                                           asking=formats.Asking(num_templates=num_templates))
             for branch in branches:
                 yield from _spoken(branch.turns)
     for question in _all_templates():

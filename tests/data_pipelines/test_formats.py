@@ -45,8 +45,7 @@ def turns(example, media=None, seed=0, train=False, **how):
         example,
         media=frames() if media is None else media,
         rng=np.random.default_rng(seed),
-        train=train,
-        **how,
+        asking=formats.Asking(train=train, **how),
     )
     return [branch.turns for branch in branches]
 
@@ -90,7 +89,7 @@ def test_a_video_point_moves_to_the_nearest_frame_of_a_sparse_sampling_but_not_f
         parse(video_points(0.0), video_points(0.0, 1.7)),
         media=sparse,
         rng=np.random.default_rng(0),
-        train=False,
+        asking=formats.PLAIN,
     )
     assert (made.annotations, made.dropped, len(made.branches)) == ((0,), (1,), 1)
 
@@ -187,7 +186,7 @@ def test_hidden_objects_are_left_out_and_tracks_with_nothing_left_are_dropped(pa
         parse(unseen, hidden, never_visible, tracks(CAT)),
         media=frames(),
         rng=np.random.default_rng(0),
-        train=False,
+        asking=formats.PLAIN,
     )
     assert (made.annotations, made.dropped) == ((3,), (0, 1, 2))
     assert turns(parse(tracks()))[0][1] == "There are none."
@@ -227,7 +226,7 @@ def test_default_weights_are_those_of_the_recipe(parse):
     count = {"type": "count", "label": "x", "count": 2}
     example = parse(video_points(0.0), tracks(CAT), caption, question, count, {**question, "weight": 3})
     branches = formats.to_branches(
-        example, media=frames(), rng=np.random.default_rng(0), train=True
+        example, media=frames(), rng=np.random.default_rng(0), asking=formats.Asking()
     )
     flat = [(b.weight.scale, b.weight.by_length, b.weight.by_branches) for b in branches]
     assert flat == [
@@ -239,7 +238,10 @@ def test_default_weights_are_those_of_the_recipe(parse):
         (3.0, True, True),
     ]
     [still] = formats.to_branches(
-        parse(caption, images=["a.png"]), media=stills((9, 9)), rng=np.random.default_rng(0), train=True
+        parse(caption, images=["a.png"]),
+        media=stills((9, 9)),
+        rng=np.random.default_rng(0),
+        asking=formats.Asking(),
     )
     assert still.weight == types.LossWeight()
 
@@ -335,7 +337,7 @@ def test_pretraining_weighs_every_answer_token_alike(parse):
     example = parse(video_points(0.0), {"type": "caption", "text": "t"},
                     {"type": "qa", "question": "q", "answer": "a"})
     branches = formats.to_branches(example, media=frames(), rng=np.random.default_rng(0),
-                                   train=True, weights=weights)
+                                   asking=formats.Asking(weights=weights))
     flat = types.LossWeight(scale=1, by_length=False, by_branches=False)
     assert [branch.weight for branch in branches] == [flat] * 3
 
@@ -407,7 +409,8 @@ def test_annotations_may_be_turns_of_one_conversation_at_some_uses(parse):
     points_first = ("Point to the Red Cars.", '<points coords="0.0 1 100 200">Red Cars</points>')
     assert set(joined) == {(*points_first, "q", "a")}
     assert len(turns(example)) == 2 and turns(example)[1][0] == "vqa2: q"
-    made = formats.format_example(example, media=frames(), rng=np.random.default_rng(4), train=True)
+    made = formats.format_example(example, media=frames(), rng=np.random.default_rng(4),
+                                   asking=formats.Asking())
     weights = [branch.weight.scale for branch in made.branches]
     assert (weights, made.annotations) in (([0.2, 1.0], (0, 1)), ([0.2], (0,)))
 
