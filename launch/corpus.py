@@ -21,7 +21,7 @@ _MARKUP = re.compile("|".join(map(re.escape, prompt.RESERVED)))  # single ids, n
 
 def texts(folders: Sequence[str | pathlib.Path], inputs: config.InputConfig, *,
           most_examples: int = 250, num_templates: int | None = None) -> Iterator[str]:
-    """Yields times of frames, questions and answers with their chat markup, then every prompt template.
+    """Yields times of frames, questions and answers with their chat markup, then templates.FAMILIES.
 
     Args:
       most_examples: of each folder, the first ones.
@@ -62,6 +62,5 @@ def _media(example: types.Example, inputs: config.InputConfig) -> types.Media:
 
 
 def _all_templates() -> Iterator[str]:
-    families = (value for name, value in vars(templates).items() if name.isupper())
-    for template in itertools.chain.from_iterable(families):
+    for template in itertools.chain.from_iterable(templates.FAMILIES.values()):
         yield template.format(label="object", medium="video", selection="image 1", fps=2, start="")

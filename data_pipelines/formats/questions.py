@@ -4,7 +4,6 @@ Each function returns the style of a question and the turns: (style, user, model
 """
 
 from data_pipelines import annotations
-from data_pipelines.formats import requests
 from data_pipelines.formats import templates
 from data_pipelines.formats import view as views
 from molmo2_jax.inputs import choices
@@ -17,10 +16,10 @@ CHOICE, CHAT = "video_multiple_choice", "text_sft"  # styles without prefix afte
 _CAPTIONS = {  # style: ways to ask for it
     "long_caption": templates.LONG_CAPTION, "video_long_caption": templates.LONG_CAPTION,
     "short_caption": templates.SHORT_CAPTION, "video_short_caption": templates.SHORT_CAPTION,
-    "video_motion_caption": requests.MOTION_CAPTION, "video_object_caption": requests.OBJECT_CAPTION,
-    "video_transcript": requests.TRANSCRIPT, "video_frame_caption_timestamp": requests.FRAME_CAPTION,
-    "video_clip_caption_start_end": requests.CLIP_CAPTION,
-    "video_clip_transcript_start_end": requests.CLIP_TRANSCRIPT,
+    "video_motion_caption": templates.MOTION_CAPTION, "video_object_caption": templates.OBJECT_CAPTION,
+    "video_transcript": templates.TRANSCRIPT, "video_frame_caption_timestamp": templates.FRAME_CAPTION,
+    "video_clip_caption_start_end": templates.CLIP_CAPTION,
+    "video_clip_transcript_start_end": templates.CLIP_TRANSCRIPT,
 }
 
 
@@ -28,7 +27,7 @@ def ask_qa(annotation: annotations.QA, view: views.View) -> tuple[str, str, str]
     """Returns style, question, answer; questions of videos for a short answer have several wordings."""
     style, question = annotation.style or DEFAULT_STYLE, view.one_of(annotation.question)
     if style == SHORT_ANSWER:
-        question = view.pick(requests.SHORT_ANSWER, "{question}").format(question=question)
+        question = view.pick(templates.SHORT_ANSWER, "{question}").format(question=question)
     return style, question, annotation.answer
 
 

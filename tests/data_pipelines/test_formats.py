@@ -5,7 +5,6 @@ import pytest
 
 from data_pipelines import formats
 from data_pipelines import sources
-from data_pipelines.formats import requests
 from data_pipelines.formats import templates
 from molmo2_jax import types
 from molmo2_jax.inputs import points
@@ -294,6 +293,14 @@ def test_one_template_per_family_can_be_asked_for(parse):
         turns(parse(video_points(0.0)), num_templates=0)
 
 
+def test_every_family_of_templates_is_listed_once():
+    listed = {**templates.FAMILIES, **templates.PUBLISHED}
+    assert len(listed) == len(templates.FAMILIES) + len(templates.PUBLISHED)
+    tables = {"FAMILIES", "PUBLISHED"}
+    assert listed == {name: value for name, value in vars(templates).items()
+                      if name.isupper() and name not in tables}
+
+
 def test_templates_differ_and_hold_what_they_must():
     needed = {
         "POINT": {"label"},
@@ -304,7 +311,7 @@ def test_templates_differ_and_hold_what_they_must():
         "LONG_CAPTION": set(),
         "SHORT_CAPTION": set(),
     }
-    families = {name: family for name, family in vars(templates).items() if name.isupper()}
+    families = templates.FAMILIES
     for name, family in families.items():
         required = {"label", "selection"} if name.startswith("MULTI") else needed.get(name, {"label"})
         assert len(set(family)) == len(family) >= 3
@@ -415,11 +422,10 @@ def test_annotations_may_be_turns_of_one_conversation_at_some_uses(parse):
     assert (weights, made.annotations) in (([0.2, 1.0], (0, 1)), ([0.2], (0,)))
 
 
-def test_requests_differ_and_hold_what_they_must():
+def test_templates_of_published_data_differ_and_hold_what_they_must():
     needed = {"SHORT_ANSWER": {"question"}, "OBJECT_CAPTION": {"object"}, "FRAME_CAPTION": {"time"},
               "CLIP_CAPTION": {"start", "end"}, "CLIP_TRANSCRIPT": {"start", "end"}}
-    families = {name: family for name, family in vars(requests).items() if name.isupper()}
-    for name, family in families.items():
+    for name, family in templates.PUBLISHED.items():
         required = needed.get(name, set())
         assert len(set(family)) == len(family) >= 3
         for template in family:
