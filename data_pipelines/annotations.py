@@ -1,6 +1,6 @@
 """One class for each kind of annotation: what it holds, how it is read from JSON, and what it is relative to.
 
-Attributes have the names of the JSON fields (docs/data_format.md), which are checked to the last. Times are
+Attributes have the names of the JSON fields (docs/data_format.md), each of which is checked. Times are
 seconds from the start of the clip. Images count from 1. Coordinates are relative to `scale`, the coordinates
 of the right and the lower edge of the frame, or are pixels where that is None; `relative` returns fractions.
 
@@ -193,6 +193,7 @@ class Scope:
 
     @property
     def has_media(self) -> bool:
+        """Whether there is a video or an image."""
         return self.is_video or self.num_images > 0
 
     def where(self, point: Mapping, field: str) -> tuple[float | None, int | None]:
@@ -261,6 +262,7 @@ def read_masks(value: Any, scope: Scope) -> tuple[Mask, ...]:
 
 
 def points_per_second(value: Any, field: str) -> int:
+    """Returns a rate of tracks, an integer from 1 to HIGHEST_RATE."""
     fields.require(fields.is_positive_int(value) and value <= HIGHEST_RATE, field,
                    f"must be an integer from 1 to {HIGHEST_RATE}, points per second", value)
     return value

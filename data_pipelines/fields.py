@@ -17,6 +17,7 @@ _LARGEST = 1e300                            # larger numbers are treated as infi
 
 
 def require(ok: Any, field: str, rule: str, value: Any) -> None:
+    """Raises the ValueError that names the field, the rule and the value, unless `ok`."""
     if not ok:
         raise ValueError(f"{field}: {rule}; got {shorten(value)}")
 
@@ -63,6 +64,7 @@ def texts(value: Any, field: str) -> str | tuple[str, ...]:
 
 
 def number(value: Any, field: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """Returns a finite number of [low, high]."""
     require(is_finite(value), field, "must be a finite number", value)
     require(value >= low, field, f"must be >= {low}", value)
     require(value <= high, field, f"must be <= {high}", value)
@@ -70,16 +72,19 @@ def number(value: Any, field: str, low: float = -math.inf, high: float = math.in
 
 
 def identity(value: Any, field: str) -> int:
+    """Returns an integer >= 0: the id of an object, or a count."""
     require(is_int(value) and value >= 0, field, "must be an integer >= 0", value)
     return value
 
 
 def flag(value: Any, field: str) -> bool:
+    """Returns true or false."""
     require(isinstance(value, bool), field, "must be true or false", value)
     return value
 
 
 def pair(value: Any, field: str, check: Callable[[Any], bool], rule: str) -> tuple:
+    """Returns two values of which each passes `check`; `rule` says what they must be."""
     is_pair = isinstance(value, list) and len(value) == 2 and all(map(check, value))
     require(is_pair, field, f"must be {rule}", value)
     return tuple(value)

@@ -404,6 +404,13 @@ def test_constants_of_loss_weights_are_settings(folder, tokenizer):
         formats.Weights(length_factor=0.0)
 
 
+def test_how_to_ask_is_what_the_settings_say():
+    weights = formats.Weights(pointing=1.0)
+    data = data_config("x", num_templates=2, is_pretraining=True, weights=weights)
+    assert data.asking() == formats.Asking(num_templates=2, is_pretraining=True, weights=weights)
+    assert data_config("x").asking() == formats.Asking()
+
+
 @pytest.mark.parametrize("fields, rule", [
     ({"row_tokens": 0}, "row_tokens"), ({"num_workers": -1}, "num_workers"), ({"seed": -1}, "seed"),
     ({"row_visual_tokens": 5000}, "row_visual_tokens"), ({"train": "no_such"}, "train"),
