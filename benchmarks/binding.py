@@ -41,9 +41,9 @@ def distances(answered: list[evaluate.Answered]) -> np.ndarray:
     for one, other in zip(answered[::2], answered[1::2], strict=True):
         for asked, left in ((one, other), (other, one)):
             size = asked.media.sizes[0]
-            truth = [question.question.about["points"][0] for question in (asked, left)]
+            truth = [question.question.about.points[0] for question in (asked, left)]
             points = asked.answer.points[:1]
-            found.append([max(abs(points[0].x - at["x"]) / size[0], abs(points[0].y - at["y"]) / size[1])
+            found.append([max(abs(points[0].x - at.x) / size[0], abs(points[0].y - at.y) / size[1])
                           if points else np.inf for at in truth])
     return np.array(found)
 

@@ -20,7 +20,8 @@ def problems(examples: Sequence[types.Example], model: config.Molmo2Config, inpu
     for example in examples:
         try:
             _, media = media_lib.see(example, model, inputs, tokenizer)
-            found = formats.format_example(example, media=media, rng=np.random.default_rng(0), train=False)
+            found = formats.format_example(example, media=media, rng=np.random.default_rng(0),
+                                           asking=formats.PLAIN)
         except (ValueError, OSError, EOFError, MemoryError) as error:
             yield [f"{example.key}: {str(error).removeprefix(f'{example.key}: ') or type(error).__name__}"]
             continue

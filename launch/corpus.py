@@ -21,7 +21,7 @@ _MARKUP = re.compile("|".join(map(re.escape, prompt.RESERVED)))  # single ids, n
 
 def texts(folders: Sequence[str | pathlib.Path], inputs: config.InputConfig, *,
           most_examples: int = 250, num_templates: int | None = None) -> Iterator[str]:
-    """Yields times of frames, questions and answers with their chat markup, then every prompt template.
+    """Yields times of frames, questions and answers with their chat markup, then templates.FAMILIES.
 
     Args:
       most_examples: of each folder, the first ones.
@@ -37,8 +37,8 @@ def texts(folders: Sequence[str | pathlib.Path], inputs: config.InputConfig, *,
             if media.is_video:
                 yield from (prompt.frame_time_text(second, place == 0)
                             for place, second in enumerate(media.seconds))
-            branches = formats.to_branches(example, media=media, train=True,
-                                           rng=np.random.default_rng(number), num_templates=num_templates)
+            branches = formats.to_branches(example, media=media, rng=np.random.default_rng(number),
+                                           asking=formats.Asking(num_templates=num_templates))
             for branch in branches:
                 yield from _spoken(branch.turns)
     for question in _all_templates():
@@ -62,6 +62,5 @@ def _media(example: types.Example, inputs: config.InputConfig) -> types.Media:
 
 
 def _all_templates() -> Iterator[str]:
-    families = (value for name, value in vars(templates).items() if name.isupper())
-    for template in itertools.chain.from_iterable(families):
+    for template in itertools.chain.from_iterable(templates.FAMILIES.values()):
         yield template.format(label="object", medium="video", selection="image 1", fps=2, start="")

@@ -1,6 +1,7 @@
 """Annotations as questions with known answers: joins the formats and scores of data_pipelines, which
 know no model, to molmo2_jax.evaluate, which knows no annotations."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,8 +11,6 @@ from data_pipelines.scoring import suite
 from molmo2_jax import evaluate
 from molmo2_jax import generate
 from molmo2_jax import types
-
-WITHOUT_SCORE = ("caption", "chat")
 
 
 def ask(example: types.Example, media: types.Media, *, is_pretraining: bool = False
@@ -23,12 +22,12 @@ def ask(example: types.Example, media: types.Media, *, is_pretraining: bool = Fa
     Raises:
       ValueError: an annotation does not fit the media.
     """
-    found = formats.format_example(example, media=media, rng=np.random.default_rng(0), train=False,
-                                   is_pretraining=is_pretraining)
+    found = formats.format_example(example, media=media, rng=np.random.default_rng(0),
+                                   asking=dataclasses.replace(formats.PLAIN, is_pretraining=is_pretraining))
     pairs = zip(found.branches, (example.annotations[number] for number in found.annotations),
                 strict=True)
     return [generate.Question(turns=branch.turns[:-1], about=annotation)
-            for branch, annotation in pairs if annotation["type"] not in WITHOUT_SCORE]
+            for branch, annotation in pairs if suite.SCORES[type(annotation)]]
 
 
 def score(answered: Sequence[evaluate.Answered]) -> dict[str, float]:
@@ -37,5 +36,4 @@ def score(answered: Sequence[evaluate.Answered]) -> dict[str, float]:
 
 
 def _for_suite(one: evaluate.Answered) -> suite.Answered:
-    return suite.Answered(annotation=one.question.about, answer=one.answer.text, sizes=one.media.sizes,
-                          duration=one.media.duration if one.media.is_video else None)
+    return suite.Answered(annotation=one.question.about, answer=one.answer.text, media=one.media)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipelines import annotations
 from data_pipelines import formats
 from data_pipelines import pipeline
 from launch import questions
@@ -54,24 +55,26 @@ def _place(annotations: Sequence, wanted: Any) -> int:
 class Case(NamedTuple):
     """One answer with what it is about."""
     example: types.Example
-    annotation: Mapping[str, Any]
+    annotation: annotations.Annotation
     place: int              # of the annotation in the example
     question: str
     answer: str
 
     @property
     def kind(self) -> str:
-        if self.annotation["type"] == "tracks":
+        if isinstance(self.annotation, annotations.Tracks):
             return "tracks"
-        if self.annotation["type"] == "points" and self.annotation["mode"] != "count":
+        if isinstance(self.annotation, annotations.Points) and self.annotation.mode != "count":
             return "video" if self.example.video else "image"
         return "words"
 
     @property
     def variety(self) -> Any:
         """What the shown cases should differ in: the number of objects, or the type of question."""
-        objects = self.annotation.get("points") or self.annotation.get("tracks")
-        return len(objects) if objects else self.annotation["type"]
+        one = self.annotation
+        objects = one.points if isinstance(one, annotations.Points) else (
+            one.tracks if isinstance(one, annotations.Tracks) else ())
+        return len(objects) or one.type
 
 
 def cases(examples: Sequence[types.Example], rows: Sequence[Mapping]) -> list[Case]:
@@ -151,7 +154,8 @@ def _frames_at(example: types.Example, times: Sequence[float]) -> np.ndarray:
 
 
 def _truth(case: Case, media: types.Media) -> str:
-    found = formats.format_example(case.example, media=media, train=False, rng=np.random.default_rng(0))
+    found = formats.format_example(case.example, media=media, rng=np.random.default_rng(0),
+                                   asking=formats.PLAIN)
     return found.branches[found.annotations.index(case.place)].turns[-1]
 
 
@@ -254,7 +258,7 @@ def _curves(lines: Sequence[Mapping]) -> dict[str, dict[str, report.Curve]]:
 def commands(workdir: str, examples: Sequence[types.Example], spelt: Callable[[str], str]) -> str:
     """Returns what to try next, a command per line; `spelt` shortens a path."""
     clip = next(example for example in examples if example.video)
-    label = next(one["label"] for one in clip.annotations if "label" in one)
+    label = next(one.label for one in clip.annotations if hasattr(one, "label"))
     python = spelt(sys.executable)
     ask = f"{python} -m launch.generate --model={workdir} --video={spelt(clip.video)}"
     return "\n".join((

@@ -8,7 +8,6 @@ A visual token refers to patches by `crop * P + patch`, counted over all crops o
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +29,11 @@ class LossWeight:
 class Example:
     """One visual input with all its annotations, as read from a data set; nothing is decoded yet.
 
-    `annotations` are validated plain mappings; data_pipelines.formats turns each into a Branch once
-    the sampled times and the size of the media are known. At most one of `video` and `images` is set.
+    `annotations` are those of data_pipelines.annotations, opaque here; data_pipelines.formats turns each into
+    a Branch once the sampled times and the size of the media are known. At most one of `video` and `images`
+    is set.
     """
-    annotations: tuple[Mapping[str, Any], ...]
+    annotations: tuple[Any, ...]
     video: str | None = None                    # path
     images: tuple[str, ...] = ()                # paths
     clip: tuple[float, float] | None = None     # seconds

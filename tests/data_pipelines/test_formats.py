@@ -5,7 +5,6 @@ import pytest
 
 from data_pipelines import formats
 from data_pipelines import sources
-from data_pipelines.formats import requests
 from data_pipelines.formats import templates
 from molmo2_jax import types
 from molmo2_jax.inputs import points
@@ -45,8 +44,7 @@ def turns(example, media=None, seed=0, train=False, **how):
         example,
         media=frames() if media is None else media,
         rng=np.random.default_rng(seed),
-        train=train,
-        **how,
+        asking=formats.Asking(train=train, **how),
     )
     return [branch.turns for branch in branches]
 
@@ -90,7 +88,7 @@ def test_a_video_point_moves_to_the_nearest_frame_of_a_sparse_sampling_but_not_f
         parse(video_points(0.0), video_points(0.0, 1.7)),
         media=sparse,
         rng=np.random.default_rng(0),
-        train=False,
+        asking=formats.PLAIN,
     )
     assert (made.annotations, made.dropped, len(made.branches)) == ((0,), (1,), 1)
 
@@ -187,7 +185,7 @@ def test_hidden_objects_are_left_out_and_tracks_with_nothing_left_are_dropped(pa
         parse(unseen, hidden, never_visible, tracks(CAT)),
         media=frames(),
         rng=np.random.default_rng(0),
-        train=False,
+        asking=formats.PLAIN,
     )
     assert (made.annotations, made.dropped) == ((3,), (0, 1, 2))
     assert turns(parse(tracks()))[0][1] == "There are none."
@@ -227,7 +225,7 @@ def test_default_weights_are_those_of_the_recipe(parse):
     count = {"type": "count", "label": "x", "count": 2}
     example = parse(video_points(0.0), tracks(CAT), caption, question, count, {**question, "weight": 3})
     branches = formats.to_branches(
-        example, media=frames(), rng=np.random.default_rng(0), train=True
+        example, media=frames(), rng=np.random.default_rng(0), asking=formats.Asking()
     )
     flat = [(b.weight.scale, b.weight.by_length, b.weight.by_branches) for b in branches]
     assert flat == [
@@ -239,7 +237,10 @@ def test_default_weights_are_those_of_the_recipe(parse):
         (3.0, True, True),
     ]
     [still] = formats.to_branches(
-        parse(caption, images=["a.png"]), media=stills((9, 9)), rng=np.random.default_rng(0), train=True
+        parse(caption, images=["a.png"]),
+        media=stills((9, 9)),
+        rng=np.random.default_rng(0),
+        asking=formats.Asking(),
     )
     assert still.weight == types.LossWeight()
 
@@ -292,6 +293,14 @@ def test_one_template_per_family_can_be_asked_for(parse):
         turns(parse(video_points(0.0)), num_templates=0)
 
 
+def test_every_family_of_templates_is_listed_once():
+    listed = {**templates.FAMILIES, **templates.PUBLISHED}
+    assert len(listed) == len(templates.FAMILIES) + len(templates.PUBLISHED)
+    tables = {"FAMILIES", "PUBLISHED"}
+    assert listed == {name: value for name, value in vars(templates).items()
+                      if name.isupper() and name not in tables}
+
+
 def test_templates_differ_and_hold_what_they_must():
     needed = {
         "POINT": {"label"},
@@ -302,7 +311,7 @@ def test_templates_differ_and_hold_what_they_must():
         "LONG_CAPTION": set(),
         "SHORT_CAPTION": set(),
     }
-    families = {name: family for name, family in vars(templates).items() if name.isupper()}
+    families = templates.FAMILIES
     for name, family in families.items():
         required = {"label", "selection"} if name.startswith("MULTI") else needed.get(name, {"label"})
         assert len(set(family)) == len(family) >= 3
@@ -335,7 +344,7 @@ def test_pretraining_weighs_every_answer_token_alike(parse):
     example = parse(video_points(0.0), {"type": "caption", "text": "t"},
                     {"type": "qa", "question": "q", "answer": "a"})
     branches = formats.to_branches(example, media=frames(), rng=np.random.default_rng(0),
-                                   train=True, weights=weights)
+                                   asking=formats.Asking(weights=weights))
     flat = types.LossWeight(scale=1, by_length=False, by_branches=False)
     assert [branch.weight for branch in branches] == [flat] * 3
 
@@ -407,16 +416,16 @@ def test_annotations_may_be_turns_of_one_conversation_at_some_uses(parse):
     points_first = ("Point to the Red Cars.", '<points coords="0.0 1 100 200">Red Cars</points>')
     assert set(joined) == {(*points_first, "q", "a")}
     assert len(turns(example)) == 2 and turns(example)[1][0] == "vqa2: q"
-    made = formats.format_example(example, media=frames(), rng=np.random.default_rng(4), train=True)
+    made = formats.format_example(example, media=frames(), rng=np.random.default_rng(4),
+                                   asking=formats.Asking())
     weights = [branch.weight.scale for branch in made.branches]
     assert (weights, made.annotations) in (([0.2, 1.0], (0, 1)), ([0.2], (0,)))
 
 
-def test_requests_differ_and_hold_what_they_must():
+def test_templates_of_published_data_differ_and_hold_what_they_must():
     needed = {"SHORT_ANSWER": {"question"}, "OBJECT_CAPTION": {"object"}, "FRAME_CAPTION": {"time"},
               "CLIP_CAPTION": {"start", "end"}, "CLIP_TRANSCRIPT": {"start", "end"}}
-    families = {name: family for name, family in vars(requests).items() if name.isupper()}
-    for name, family in families.items():
+    for name, family in templates.PUBLISHED.items():
         required = needed.get(name, set())
         assert len(set(family)) == len(family) >= 3
         for template in family:

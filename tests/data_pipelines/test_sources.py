@@ -42,7 +42,8 @@ def test_every_example_of_the_document_reads_and_becomes_the_text_printed_under_
         [example] = sources.read_jsonl(path)
         size = (4, 3) if "tiny" in source else (640, 480)
         media = VIDEO if example.video else types.Media(sizes=(size,) * len(example.images))
-        branches = formats.to_branches(example, media=media, rng=np.random.default_rng(0), train=False)
+        branches = formats.to_branches(example, media=media, rng=np.random.default_rng(0),
+                                       asking=formats.PLAIN)
         spoken = [
             f"{who}: {turn}\n"
             for branch in branches
@@ -61,7 +62,7 @@ def test_every_annotation_type_has_an_example_in_the_document():
 def test_weights_of_the_document_are_those_it_explains(tmp_path):
     [source] = [source for source, _ in EXAMPLES if '"weight": 0.5' in source]
     [example] = sources.read_jsonl(write_lines(tmp_path, json.dumps(json.loads(source))))
-    assert [annotation["weight"] for annotation in example.annotations] == [
+    assert [annotation.weight for annotation in example.annotations] == [
         types.LossWeight(scale=0.5),
         types.LossWeight(scale=2.0),
         types.LossWeight(scale=0.3, by_length=False, by_branches=True),
@@ -79,7 +80,7 @@ def test_times_become_relative_to_the_clip(tmp_path):
     )
     [example] = sources.read_jsonl(path)
     assert example.clip == (3.5, 6.0)
-    assert example.annotations[0]["points"][0]["time"] == 0.5
+    assert example.annotations[0].points[0].time == 0.5
     assert example.subtitles == ((-0.5, 1.5, "hello"),)
     assert example.key == "annotations.jsonl:1"
     assert example.source == tmp_path.name

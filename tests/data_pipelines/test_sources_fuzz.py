@@ -98,11 +98,11 @@ def folder(tmp_path_factory):
 
 def format_of(example, rng):
     """Returns the branches of an example whose media have 640 x 480 pixels and last 3 seconds."""
-    size = example.annotations[0].get("sizes") or ((640, 480),) * max(len(example.images), 1)
+    size = getattr(example.annotations[0], "sizes", None) or ((640, 480),) * max(len(example.images), 1)
     media = types.Media(sizes=tuple(size) if example.images else ())
     if example.video:
         media = types.Media(sizes=((640, 480),), seconds=np.arange(7) / 2, duration=3.0, fps=30.0)
-    return formats.to_branches(example, media=media, rng=rng, train=True)
+    return formats.to_branches(example, media=media, rng=rng, asking=formats.Asking())
 
 
 def test_damaged_lines_are_examples_or_named_errors(folder):

@@ -262,7 +262,7 @@ def answered(media, example, answers):
 def test_the_right_answers_get_full_scores_and_wrong_ones_none(data_folder):
     [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
     branches = formats.to_branches(example, media=MEDIA, rng=np.random.default_rng(0),
-                                   train=False)
+                                   asking=formats.PLAIN)
     right = [branch.turns[-1] for branch in branches[:3]]
     scores = questions.score(answered(MEDIA, example, right))
     assert scores["image_point_f1"] == scores["choice_accuracy"] == scores["qa_accuracy"] == 1
@@ -273,8 +273,8 @@ def test_the_right_answers_get_full_scores_and_wrong_ones_none(data_folder):
 def test_captions_and_chats_are_not_asked(data_folder):
     [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
     asked = questions.ask(example, MEDIA)
-    assert [question.about["type"] for question in asked] == ["points", "choice", "qa"]
-    [label] = {question.about["label"].lower() for question in asked if "label" in question.about}
+    assert [question.about.type for question in asked] == ["points", "choice", "qa"]
+    [label] = {question.about.label.lower() for question in asked if hasattr(question.about, "label")}
     first = questions.ask(example, MEDIA, is_pretraining=True)[0]  # as a model of the first stage is asked
     assert first.turns[0] in (f"pointing: {label}", f"point_count: {label}", f"count 65: {label}")
     assert all(isinstance(question, generate_lib.Question) for question in asked)

@@ -15,6 +15,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from data_pipelines import annotations
 from data_pipelines import sources
 from data_pipelines import synthetic
 from launch import cli
@@ -172,8 +173,8 @@ def test_points_of_a_track_move_evenly_between_its_times():
 
 
 def test_the_commands_name_a_clip_and_an_object_in_it():
-    example = types.Example(annotations=({"type": "qa"}, {"type": "count", "label": "red circle"}),
-                            video="/data/clip.mp4")
+    asked = annotations.QA(question="?", answer="!"), annotations.Count(label="red circle", count=1)
+    example = types.Example(annotations=asked, video="/data/clip.mp4")
     lines = showcase.commands("runs/x", [example], str).splitlines()
     assert "--model=runs/x --video=/data/clip.mp4 --prompt='Point to the red circle.'" in lines[0]
 
