@@ -20,7 +20,7 @@ from molmo2_jax import config as configs
 from molmo2_jax import decode
 from molmo2_jax import types
 from molmo2_jax.hf import checkpoint as hf_checkpoint
-from molmo2_jax.inputs import media
+from molmo2_jax.inputs import media as media_lib
 from molmo2_jax.inputs import packing
 from molmo2_jax.inputs import points as points_lib
 from molmo2_jax.inputs import sequence as sequences
@@ -86,64 +86,41 @@ class Prompt(NamedTuple):
     tree: types.Sequence
     last: tuple[int, ...]          # position in the tree of each question's last token
     questions: tuple[Question, ...]
-    view: media.View               # Frames without pixels, or sizes of images
+    media: types.Media
+    shape: "PromptShape"           # rounded sizes that it needs
     read_seconds: float
 
 
-class Shape(NamedTuple):
-    """Fixed sizes of a row."""
-    T: int
-    M: int
-    R: int
+class PromptShape(NamedTuple):
+    """Fixed sizes of a row that holds a prompt: of its tree, and its number of questions."""
+    row: types.RowShape
     Q: int
 
-    def covers(self, other: "Shape") -> bool:
-        return all(mine >= its for mine, its in zip(self, other))
+    @classmethod
+    def of(cls, tree: types.Sequence, num_questions: int, window: int) -> "PromptShape":
+        """Returns rounded sizes for a tree and its questions; `window`: W, patches per visual token."""
+        row = types.RowShape(T=coarse_size(len(tree.tokens), 128), M=coarse_size(len(tree.patches)),
+                             R=coarse_size(len(tree.pooled), 16), W=window)
+        return cls(row, coarse_size(num_questions))
+
+    @classmethod
+    def largest(cls, shapes: Sequence["PromptShape"]) -> "PromptShape":
+        """Returns the smallest shape that covers all of these."""
+        rows, counts = zip(*shapes)
+        return cls(types.RowShape(*map(max, zip(*rows))), max(counts))
+
+    def covers(self, other: "PromptShape") -> bool:
+        """Returns whether a prompt of the other shape fits."""
+        return self == self.largest([self, other])
 
 
-def round_up(size: int, least: int = 1) -> int:
+def coarse_size(size: int, least: int = 1) -> int:
     """Returns the smallest of 0, least, 1.5 least, 2 least, 3 least, 4 least, 6 least ... >= size."""
     if size <= 0:
         return 0
     power = least << max(0, math.ceil(math.log2(size / least)))
     smaller = power * 3 // 4
     return smaller if power > least and smaller >= size else power
-
-
-def shape_of(prompt: Prompt) -> Shape:
-    """Returns the rounded sizes that a prompt needs."""
-    tree = prompt.tree
-    return Shape(round_up(len(tree.tokens), 128), round_up(len(tree.patches)), round_up(len(tree.pooled), 16),
-                 round_up(len(prompt.last)))
-
-
-def question_tree(crops: types.Crops | None, questions: Sequence[Question],
-                  tokenizer: tokenizers.Tokenizer) -> tuple[types.Sequence, tuple[int, ...]]:
-    """Returns (a tree with one branch per question, the position of each question's last token).
-
-    Each branch holds the tokens and positions that the question has in a sequence of its own.
-
-    Raises:
-      ValueError: there is no question, or one holds special tokens of the model.
-    """
-    if not questions:
-        raise ValueError("at least one question is needed; got none")
-    root = 1 if crops is None else 1 + len(crops.tokens)  # BOS and the visual tokens
-    first = sequences.build(crops, [types.Branch(turns=questions[0].turns)], tokenizer)
-    branches = [first.tokens[root:]]
-    for question in questions[1:]:
-        alone = sequences.build(None, [types.Branch(turns=question.turns)], tokenizer)
-        branches.append(alone.tokens[1:])
-    lengths = [len(branch) for branch in branches]
-    tokens = np.concatenate([first.tokens[:root], *branches])
-    positions = np.concatenate([np.arange(root), *(root + np.arange(length) for length in lengths)])
-    branch = np.repeat(np.arange(-1, len(branches)), [root, *lengths])
-    image = np.full(len(tokens), -1, np.int32)
-    image[:root] = first.image[:root]
-    tree = dataclasses.replace(
-        first, tokens=tokens, targets=np.zeros_like(tokens), weights=np.zeros(len(tokens), np.float32),
-        positions=positions.astype(np.int32), branch=branch.astype(np.int32), image=image)
-    return tree, tuple(int(end) for end in root + np.cumsum(lengths) - 1)
 
 
 class _Writer:
@@ -182,11 +159,11 @@ class Answerer:
             raise ValueError(f"max_new_tokens must be >= 1; got {max_new_tokens}")
         self.config, self.inputs, self.tokenizer = config, inputs, tokenizer
         self.max_new_tokens, self.sampling, self.stop = max_new_tokens, sampling, stops.check(stop)
-        self.shapes: set[Shape] = set()
+        self.shapes: set[PromptShape] = set()
         self._model = molmo2.Molmo2(config, dtype=dtype, remat="none")
         self._params = decode.ready(params, dtype)
         self._options = dict(
-            eos=tokenizer.eos_id, num_new=round_up(max_new_tokens, 32), sampling=sampling,
+            eos=tokenizer.eos_id, num_new=coarse_size(max_new_tokens, 32), sampling=sampling,
             stops=jax.device_put(stops.token_table(self.stop, tokenizer)), cache_dtype=cache_dtype)
         windows = (config.connector.image_window, config.connector.video_window)
         self._window = max(math.prod(window) for window in windows)
@@ -214,9 +191,8 @@ class Answerer:
 
     def _stream(self, prompt: Prompt, every: int) -> Iterator[Piece]:
         start = time.perf_counter()
-        shape = shape_of(prompt)
-        self.shapes.add(shape)
-        batch, wanted = self._batch([prompt], shape, 1, None)
+        self.shapes.add(prompt.shape)
+        batch, wanted = self._batch([prompt], prompt.shape, 1, None)
         writers = [_Writer(self.tokenizer, self.stop) for _ in prompt.questions]
         for answers in decode.stream(self._model, self._params, batch, wanted, every=every, **self._options):
             for q, writer in enumerate(writers):
@@ -233,25 +209,23 @@ class Answerer:
     def prompt(self, example: types.Example, questions: Sequence[Question | str]) -> Prompt:
         """Returns the questions about one visual input, ready for `run`; raises as `answer`."""
         start = time.perf_counter()
-        crops, view = self.see(example)
-        return self.ask(crops, view, questions, time.perf_counter() - start)
+        crops, media = self.see(example)
+        return self.ask(crops, media, questions, time.perf_counter() - start)
 
-    def see(self, example: types.Example) -> tuple[types.Crops | None, media.View]:
+    def see(self, example: types.Example) -> tuple[types.Crops | None, types.Media]:
         """Returns the crops of the media and what answers are relative to."""
-        crops, view = media.see(example, self.config, self.inputs, self.tokenizer)
-        if isinstance(view, types.Frames):
-            view = dataclasses.replace(view, pixels=view.pixels[:0])
-        return crops, view
+        return media_lib.see(example, self.config, self.inputs, self.tokenizer)
 
-    def ask(self, crops, view: media.View, questions, read_seconds: float = 0.0) -> Prompt:
+    def ask(self, crops, media: types.Media, questions, read_seconds: float = 0.0) -> Prompt:
         """Returns the prompt of questions about media that were seen; raises as `answer`."""
         questions = tuple(Question(turns=(one,)) if isinstance(one, str) else one for one in questions)
-        tree, last = question_tree(crops, questions, self.tokenizer)
-        prompt = Prompt(tree, last, questions, view, read_seconds)
+        tree, last = sequences.ask(crops, [question.turns for question in questions], self.tokenizer)
+        shape = PromptShape.of(tree, len(questions), self._window)
+        prompt = Prompt(tree, last, questions, media, shape, read_seconds)
         self._check_length(prompt)
         return prompt
 
-    def run(self, prompts: Sequence[Prompt], shape: Shape | None = None, rows: int | None = None,
+    def run(self, prompts: Sequence[Prompt], shape: PromptShape | None = None, rows: int | None = None,
             draws: Sequence[int] | None = None) -> list[list[Answer]]:
         """Returns the answers to each prompt's questions; one device call.
 
@@ -262,7 +236,7 @@ class Answerer:
             questions are counted through.
         """
         start = time.perf_counter()
-        shape = shape or Shape(*(max(sizes) for sizes in zip(*map(shape_of, prompts))))
+        shape = shape or PromptShape.largest([prompt.shape for prompt in prompts])
         self.shapes.add(shape)
         batch, wanted = self._batch(prompts, shape, rows or len(prompts), draws)
         answers = decode.generate(self._model, self._params, batch, wanted, **self._options)
@@ -271,11 +245,10 @@ class Answerer:
         return [[self._read(prompt, answers, row, q, seconds) for q in range(len(prompt.questions))]
                 for row, prompt in enumerate(prompts)]
 
-    def _batch(self, prompts, shape: Shape, rows: int, draws: Sequence[int] | None):
-        patch_shape = (self.config.vision.num_patches, self.config.vision.patch_values)
+    def _batch(self, prompts, shape: PromptShape, rows: int, draws: Sequence[int] | None):
         trees = [[prompt.tree] for prompt in prompts] + [[]] * (rows - len(prompts))
-        batch = packing.stack([packing.join(tree, T=shape.T, M=shape.M, R=shape.R, W=self._window,
-                                            patch_shape=patch_shape) for tree in trees])
+        batch = packing.stack([packing.join(tree, shape.row, self.config.vision.patch_shape)
+                               for tree in trees])
         counts = [len(prompt.questions) for prompt in prompts]
         draws = np.cumsum([0, *counts[:-1]]) if draws is None else draws
         last, limit, draw = (np.full((rows, shape.Q), fill, np.int32) for fill in (-1, 0, 0))
@@ -301,9 +274,9 @@ class Answerer:
         root = int((tree.branch < 0).sum())
         new = self._limit(prompt.questions[worst])
         remedy = "shorten the question or lower max_new_tokens"
-        if isinstance(prompt.view, types.Frames):
-            remedy = f"lower max_frames (now {len(prompt.view.seconds)} frames) or max_new_tokens"
-        elif prompt.view:
+        if prompt.media.is_video:
+            remedy = f"lower max_frames (now {len(prompt.media.seconds)} frames) or max_new_tokens"
+        elif prompt.media.sizes:
             remedy = f"lower max_crops (now {self.inputs.max_crops} per image), images or max_new_tokens"
         raise ValueError(
             f"prompt and answer must fit {limit} positions; got {needed[worst]} tokens ({root} for the "
@@ -312,22 +285,22 @@ class Answerer:
     def _read(self, prompt: Prompt, answers: decode.Answers, row: int, q: int, seconds: float) -> Answer:
         length = int(answers.length[row, q])
         text = stops.cut(self.tokenizer.decode(answers.tokens[row, q, :length]), self.stop)
-        found, tracks = read_points(text, prompt.view)
+        found, tracks = read_points(text, prompt.media)
         return Answer(
             text=text, points=found, tracks=tracks, is_complete=bool(answers.ended[row, q]),
             prompt_tokens=int(prompt.tree.positions[prompt.last[q]]) + 1, new_tokens=length,
-            logprob=float(answers.logprob[row, q]), is_video=isinstance(prompt.view, types.Frames),
+            logprob=float(answers.logprob[row, q]), is_video=prompt.media.is_video,
             seconds={"read": prompt.read_seconds, "answer": seconds})
 
 
-def read_points(text: str, view: media.View) -> tuple[tuple[points_lib.Point, ...],
-                                                      tuple[points_lib.Tracked, ...]]:
+def read_points(text: str, media: types.Media) -> tuple[tuple[points_lib.Point, ...],
+                                                        tuple[points_lib.Tracked, ...]]:
     """Returns (points, tracks) in an answer, in pixels of the video or of the image they name."""
-    if isinstance(view, types.Frames):
-        found = points_lib.parse_points(text, view.width, view.height)
-        tracks = points_lib.parse_tracks(text, view.width, view.height, view.fps) if "<tracks" in text else ()
-        return tuple(found), tuple(tracks)
-    return tuple(points_lib.parse_points(text, sizes=view)) if view else (), ()
+    if media.is_video:
+        [size] = media.sizes
+        tracks = points_lib.parse_tracks(text, *size, media.fps) if "<tracks" in text else ()
+        return tuple(points_lib.parse_points(text, *size)), tuple(tracks)
+    return tuple(points_lib.parse_points(text, sizes=media.sizes)) if media.sizes else (), ()
 
 
 def answer(params, config: configs.Molmo2Config, inputs: configs.InputConfig,

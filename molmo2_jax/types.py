@@ -8,7 +8,6 @@ A visual token refers to patches by `crop * P + patch`, counted over all crops o
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +29,11 @@ class LossWeight:
 class Example:
     """One visual input with all its annotations, as read from a data set; nothing is decoded yet.
 
-    `annotations` are validated plain mappings; data_pipelines.formats turns each into a Branch once
-    the sampled times and the size of the media are known. At most one of `video` and `images` is set.
+    `annotations` are those of data_pipelines.annotations, opaque here; data_pipelines.formats turns each into
+    a Branch once the sampled times and the size of the media are known. At most one of `video` and `images`
+    is set.
     """
-    annotations: tuple[Mapping[str, Any], ...]
+    annotations: tuple[Any, ...]
     video: str | None = None                    # path
     images: tuple[str, ...] = ()                # paths
     clip: tuple[float, float] | None = None     # seconds
@@ -54,6 +54,22 @@ class Branch:
     weight: LossWeight = LossWeight()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Media:
+    """What annotations and answers are relative to: a video or images as the model sees them, without pixels.
+
+    Text alone has no sizes. Only a video has `seconds`.
+    """
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels of each image, or of the one video
+    seconds: np.ndarray | None = None        # float64[N] of the frames shown, from the start of the clip
+    duration: float = 0.0                    # of the clip, seconds
+    fps: float = 0.0                         # average rate of the source video
+
+    @property
+    def is_video(self) -> bool:
+        return self.seconds is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class Frames:
     """Frames of one video as shown at `seconds` (relative to the clip's start)."""
@@ -64,21 +80,11 @@ class Frames:
     duration: float          # of the clip, seconds
     fps: float               # average rate of the source video
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Media:
-    """What annotations and answers are relative to: a video or images as the model sees them, without pixels.
-
-    Text alone has no sizes. Only a video has `seconds`.
-    """
-    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels of each image, or of the one video
-    seconds: np.ndarray | None = None        # float64[N] at which frames are shown, from the start of the clip
-    duration: float = 0.0                    # of the clip, seconds
-    fps: float = 0.0                         # average rate of the source video
-
     @property
-    def is_video(self) -> bool:
-        return self.seconds is not None
+    def media(self) -> Media:
+        """Returns what annotations and answers are relative to."""
+        return Media(sizes=((self.width, self.height),), seconds=self.seconds, duration=self.duration,
+                     fps=self.fps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +116,14 @@ class Sequence:
     pooled: np.ndarray       # int32[R, W]
 
 
+class RowShape(NamedTuple):
+    """The fixed sizes of a row."""
+    T: int                   # tokens
+    M: int                   # crops
+    R: int                   # visual tokens
+    W: int                   # patches that one visual token pools, at most
+
+
 class Batch(NamedTuple):
     """Packed rows of fixed shape. The mask is (end, group) or (end, image): see attention.tree_mask.
 
@@ -127,3 +141,20 @@ class Batch(NamedTuple):
     branch: Any              # int32[B, T], -1 in roots
     patches: Any             # uint8[B, M, P, C]
     pooled: Any              # int32[B, R, W]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of an array, under the names that jax reads them by."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def batch_shapes(rows: int, shape: RowShape, patch_shape: tuple[int, int]) -> Batch:
+    """Returns a Batch of ArraySpecs: `rows` rows of `shape` with patches of `patch_shape` (P, C)."""
+    T, M, R, W = shape
+    specs = dict.fromkeys(Batch._fields, ArraySpec((rows, T), np.dtype(np.int32)))
+    return Batch(**specs | {
+        "weights": ArraySpec((rows, T), np.dtype(np.float32)),
+        "patches": ArraySpec((rows, M, *patch_shape), np.dtype(np.uint8)),
+        "pooled": ArraySpec((rows, R, W), np.dtype(np.int32))})
