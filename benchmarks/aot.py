@@ -67,7 +67,7 @@ def row(arm: dict) -> list[str]:
     """Returns the cells of an arm's row of the table."""
     slice_ = chips.find(arm["topology"])
     start = [arm["run"], f"{slice_.name} ({slice_.cloud_name})", str(slice_.chips)]
-    gib = lambda size: f"{size / aot.GIB:.1f}"
+    gib = lambda size: f"{size / chips.GIB:.1f}"
     if "refused" in arm:
         return [*start, *[""] * 9, arm["refused"]]
     if "miss" in arm:
@@ -78,7 +78,7 @@ def row(arm: dict) -> list[str]:
     mesh = " x ".join(str(size) for size in report["mesh"].values())
     moved = ", ".join(f"{kind.removeprefix('ici ')} {gib(size)}"
                       for kind, size in sorted(report["collectives"].items(), key=lambda one: -one[1])
-                      if size > aot.GIB / 20)
+                      if size > chips.GIB / 20)
     return [*start, f"{mesh}, {report['remat']}", gib(report["parameters"] + report["optimiser"]),
             gib(report["activations"]), gib(report["vision"]),
             gib(report["peak"]), gib(report["headroom"]),

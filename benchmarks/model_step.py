@@ -61,8 +61,8 @@ def trees(config: config_lib.Molmo2Config, videos: int) -> tuple[list[types.Sequ
 def packed(held: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> types.Batch:
     """Returns one row that holds the sequences without padding."""
     T, M, R = (sum(len(getattr(one, name)) for one in held) for name in ("tokens", "patches", "pooled"))
-    return packing.stack([packing.join(held, T=T, M=M, R=R, W=math.prod(config.connector.video_window),
-                                       patch_shape=held[0].patches.shape[1:])])
+    shape = types.RowShape(T=T, M=M, R=R, W=math.prod(config.connector.video_window))
+    return packing.stack([packing.join(held, shape, held[0].patches.shape[1:])])
 
 
 def our_step(model: molmo2.Molmo2, params, batch: types.Batch) -> Callable[[], float]:

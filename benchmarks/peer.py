@@ -67,9 +67,8 @@ def question(config: config_lib.Molmo2Config, crops: types.Crops | None, num_wor
 def batch_of(held: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> types.Batch:
     """Returns a Batch with one sequence per row and no more padding than unequal lengths need."""
     T, M, R = (max(len(getattr(one, name)) for one in held) for name in ("tokens", "patches", "pooled"))
-    shape = (config.vision.num_patches, config.vision.patch_values)
-    window = math.prod(config.connector.video_window)
-    return packing.stack([packing.join([one], T=T, M=M, R=R, W=window, patch_shape=shape) for one in held])
+    shape = types.RowShape(T=T, M=M, R=R, W=math.prod(config.connector.video_window))
+    return packing.stack([packing.join([one], shape, config.vision.patch_shape) for one in held])
 
 
 def prompt_arguments(prompts: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> dict:

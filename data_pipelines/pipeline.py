@@ -67,20 +67,20 @@ class DataConfig:
 
     def __post_init__(self):
         for name in ("row_tokens", "batch_rows", "worker_prefetch"):
-            _require(getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name))
+            config.require(getattr(self, name) >= 1, f"{name} must be >= 1", getattr(self, name))
         for name in ("row_crops", "num_workers", "prefetch", "max_broken"):
-            _require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
-        _require(self.window is None or self.window >= 1, "window must be >= 1 patch", self.window)
-        _require(self.streams is None or self.streams >= 1 and self.batch_rows % self.streams == 0,
-                 f"streams must be >= 1 and divide the {self.batch_rows} rows of a batch", self.streams)
-        _require(self.row_visual_tokens is None or 0 <= self.row_visual_tokens <= self.row_tokens,
-                 "row_visual_tokens must lie in [0, row_tokens]", self.row_visual_tokens)
-        _require(0 <= self.seed < 2**32, "seed must lie in [0, 2^32)", self.seed)
+            config.require(getattr(self, name) >= 0, f"{name} must be >= 0", getattr(self, name))
+        config.require(self.window is None or self.window >= 1, "window must be >= 1 patch", self.window)
+        config.require(self.streams is None or self.streams >= 1 and self.batch_rows % self.streams == 0,
+                       f"streams must be >= 1 and divide the {self.batch_rows} rows of a batch", self.streams)
+        config.require(self.row_visual_tokens is None or 0 <= self.row_visual_tokens <= self.row_tokens,
+                       "row_visual_tokens must lie in [0, row_tokens]", self.row_visual_tokens)
+        config.require(0 <= self.seed < 2**32, "seed must lie in [0, 2^32)", self.seed)
         if isinstance(self.train, str):
-            _require(self.train in tasks.MIXTURES,
-                     "train must be a tuple of folders, such as ('my_data',), or one of the mixtures "
-                     f"{sorted(tasks.MIXTURES)}",
-                     self.train)
+            config.require(self.train in tasks.MIXTURES,
+                           "train must be a tuple of folders, such as ('my_data',), or one of the mixtures "
+                           f"{sorted(tasks.MIXTURES)}",
+                           self.train)
         self.asking()  # refuses what it cannot ask by
 
     def asking(self) -> formats.Asking:
@@ -88,19 +88,14 @@ class DataConfig:
         return formats.Asking(num_templates=self.num_templates, is_pretraining=self.is_pretraining,
                               weights=self.weights)
 
-    def shape(self, model: config.Molmo2Config) -> dict[str, int]:
-        """Returns T, M, R and W of every row, as packing.join takes them."""
+    def shape(self, model: config.Molmo2Config) -> types.RowShape:
+        """Returns the shape of every row."""
         windows = (model.connector.image_window, model.connector.video_window)
         widest = max(math.prod(window) for window in windows)
-        _require(self.window is None or self.window >= widest,
-                 f"window must hold the model's larger pooling window, {widest} patches", self.window)
+        config.require(self.window is None or self.window >= widest,
+                       f"window must hold the model's larger pooling window, {widest} patches", self.window)
         R = self.row_tokens if self.row_visual_tokens is None else self.row_visual_tokens
-        return {"T": self.row_tokens, "M": self.row_crops, "R": R, "W": self.window or widest}
-
-
-def _require(is_right: bool, rule: str, value) -> None:
-    if not is_right:
-        raise ValueError(f"{rule}; got {value!r}")
+        return types.RowShape(T=self.row_tokens, M=self.row_crops, R=R, W=self.window or widest)
 
 
 def make_iterator(data: DataConfig, model: config.Molmo2Config, inputs: config.InputConfig,
@@ -123,12 +118,13 @@ def make_iterator(data: DataConfig, model: config.Molmo2Config, inputs: config.I
 def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.InputConfig,
                  tokenizer: tokenizers.Tokenizer, *, shard_index: int = 0, shard_count: int = 1) -> "Batches":
     """Returns the grain dataset behind make_iterator, whose iterators all start at the first batch."""
-    _require(0 <= shard_index < shard_count, "shard_index must lie in [0, shard_count)",
-             (shard_index, shard_count))
+    config.require(0 <= shard_index < shard_count, "shard_index must lie in [0, shard_count)",
+                   (shard_index, shard_count))
     number = shard_count if data.streams is None else data.streams
-    _require(number % shard_count == 0, f"streams must be a multiple of the {shard_count} hosts", number)
-    _require(data.batch_rows % number == 0, f"batch_rows must be a multiple of the {number} streams",
-             data.batch_rows)
+    config.require(number % shard_count == 0, f"streams must be a multiple of the {shard_count} hosts",
+                   number)
+    config.require(data.batch_rows % number == 0, f"batch_rows must be a multiple of the {number} streams",
+                   data.batch_rows)
     if isinstance(data.train, str):
         mixtures, known = (tasks.MIXTURES[data.train],) * (len(data.lessons) + 1), tasks.TASKS
     else:
@@ -137,7 +133,7 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
     members = tuple(found[task] for task in sorted(found))
     missing = [os.path.abspath(known[member.task].folder) for member in members
                if not (pathlib.Path(known[member.task].folder) / "annotations.jsonl").is_file()]
-    _require(not missing, "data folders must hold annotations.jsonl", missing)
+    config.require(not missing, "data folders must hold annotations.jsonl", missing)
     examples, errors = {}, {}
     for member in members:
         examples[member.task], errors[member.task] = sources.read_folder(known[member.task].folder,
@@ -150,7 +146,7 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
     preparer = preparation.Preparer(
         order=order.Order(list(sizes.values()), lessons, data.seed),
         examples=tuple(examples.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
-        max_tokens=shape["T"], max_crops=shape["M"], max_visual_tokens=shape["R"],
+        max_tokens=shape.T, max_crops=shape.M, max_visual_tokens=shape.R,
         asking=data.asking())
     mine = number // shard_count
     return Batches(data, preparer, errors, number, range(shard_index * mine, (shard_index + 1) * mine))
@@ -266,9 +262,10 @@ class _HostIterator(grain.DatasetIterator):
     def set_state(self, state: Mapping[str, Any]) -> None:
         here = _read([state], self._batches)
         missing = [number for number in self._batches.mine if number not in here]
-        _require(state["streams"] == self._batches.number and not missing,
-                 f"a data position must hold streams {list(self._batches.mine)} of {self._batches.number}",
-                 (sorted(here), state["streams"]))
+        mine, number = list(self._batches.mine), self._batches.number
+        config.require(state["streams"] == number and not missing,
+                       f"a data position must hold streams {mine} of {number}",
+                       (sorted(here), state["streams"]))
         for number, one in self._streams.items():
             one.go_to(here[number])
 
@@ -277,9 +274,9 @@ class _HostIterator(grain.DatasetIterator):
         batches = self._batches
         everything = _read(states, batches)
         saved = {state["streams"] for state in states}
-        _require(len(saved) == 1 and sorted(everything) == list(range(*saved)),
-                 "data positions must be those of all streams of one run",
-                 (sorted(everything), sorted(saved)))
+        config.require(len(saved) == 1 and sorted(everything) == list(range(*saved)),
+                       "data positions must be those of all streams of one run",
+                       (sorted(everything), sorted(saved)))
         if len(everything) != batches.number:
             divided = positions.redivide([everything[number] for number in sorted(everything)],
                                          batches.number)
@@ -298,10 +295,11 @@ def _read(states: Sequence[Mapping[str, Any]], batches: Batches) -> dict[int, di
     """Returns the positions that states of hosts hold, by stream; ValueError for those of other data."""
     found = {}
     for state in states:
-        _require("positions" in state, "a data position must hold the positions of streams", sorted(state))
+        config.require("positions" in state, "a data position must hold the positions of streams",
+                       sorted(state))
         wrong = [f"{name} = {state.get(name)!r} instead of {value!r}"
                  for name, value in batches.origin.items() if state.get(name) != value]
-        _require(not wrong, "a data position can only be restored with the same data and seed",
-                 ", ".join(wrong))
+        config.require(not wrong, "a data position can only be restored with the same data and seed",
+                       ", ".join(wrong))
         found |= {int(number): position for number, position in json.loads(state["positions"]).items()}
     return found

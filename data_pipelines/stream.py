@@ -42,11 +42,11 @@ _log = logging.getLogger(__name__)
 class Setting:
     """What stays the same in the life of a stream.
 
-    shape: T, M, R, W of a row. step: V, the number of streams. rows: of one call of next.
+    step: V, the number of streams. rows: of one call of next.
     """
     preparer: preparation.Preparer
     packer: packers.Rule
-    shape: Mapping[str, int]
+    shape: types.RowShape
     step: int
     rows: int
     num_workers: int
@@ -123,11 +123,10 @@ class _Run:
         self._next = self.current = position["next"]
         self._ledger = setting.new_ledger()
         self._ledger.restore(position)
-        self._packer = packers.Packer(setting.packer, *(setting.shape[name] for name in "TMR"))
+        shape = setting.shape
+        self._packer = packers.Packer(setting.packer, shape.T, shape.M, shape.R)
         self._packed = json.loads(position["packer"])
         self._is_resumed = False
-        model = setting.preparer.model
-        self._patch_shape = (model.vision.num_patches, model.vision.patch_values)
         preparer = dataclasses.replace(setting.preparer, careful=careful,
                                        killers=frozenset(map(tuple, json.loads(self._killers))))
         numbers = workers.Numbers((*self._waiting, *self._backlog), self._next, setting.step)
@@ -181,7 +180,8 @@ class _Run:
         members, notes = zip(*pack, strict=True)
         self._ledger.emit(notes, *(sum(len(getattr(one, name)) for one in members)
                                    for name in ("tokens", "patches", "pooled")))
-        return packing.join(members, **self._setting.shape, patch_shape=self._patch_shape)
+        setting = self._setting
+        return packing.join(members, setting.shape, setting.preparer.model.vision.patch_shape)
 
     def position(self) -> dict[str, Any]:
         waiting = [note.number for note in self._packer.pending]

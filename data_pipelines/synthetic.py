@@ -27,6 +27,8 @@ from PIL import Image
 
 from data_pipelines import synthetic_annotations
 from data_pipelines import synthetic_scene
+from molmo2_jax import config as configs
+from molmo2_jax import files
 
 ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
 HOPS = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y]   # cells, to a neighbour
@@ -69,40 +71,35 @@ class WorldConfig:
         for name in ("objects", "radius", "speed", "frame_side", "duration", "gop", "images_per_set",
                      "branches"):
             low, high = getattr(self, name)
-            _require(0 <= low <= high, f"{name} must be a range 0 <= low <= high", (low, high))
-        _require(self.lattice is None or 0 < self.lattice <= 0.25, "lattice must lie in (0, 0.25]",
-                 self.lattice)
-        _require(self.objects[0] >= 1, "objects must be >= 1", self.objects)
-        _require(len(self.object_rates) in (0, self.objects[1] - self.objects[0] + 1)
-                 and min(self.object_rates, default=1) >= 0 and sum(self.object_rates or (1,)) > 0,
-                 "object_rates must give a rate >= 0 to each number of objects", self.object_rates)
-        _require(self.radius[0] > 0 and self.radius[1] * synthetic_scene.REACH < 0.5,
-                 "radius must be > 0 and fit into the frame (below 0.4)", self.radius)
-        _require(self.frame_side[0] >= 32, "frame_side must be >= 32 pixels", self.frame_side)
-        _require(self.duration[0] >= 0.5, "duration must be >= 0.5 seconds", self.duration)
-        _require(self.gop[0] >= 1, "gop must be >= 1 frame", self.gop)
+            configs.require(0 <= low <= high, f"{name} must be a range 0 <= low <= high", (low, high))
+        configs.require(self.lattice is None or 0 < self.lattice <= 0.25, "lattice must lie in (0, 0.25]",
+                        self.lattice)
+        configs.require(self.objects[0] >= 1, "objects must be >= 1", self.objects)
+        configs.require(len(self.object_rates) in (0, self.objects[1] - self.objects[0] + 1)
+                        and min(self.object_rates, default=1) >= 0 and sum(self.object_rates or (1,)) > 0,
+                        "object_rates must give a rate >= 0 to each number of objects", self.object_rates)
+        configs.require(self.radius[0] > 0 and self.radius[1] * synthetic_scene.REACH < 0.5,
+                        "radius must be > 0 and fit into the frame (below 0.4)", self.radius)
+        configs.require(self.frame_side[0] >= 32, "frame_side must be >= 32 pixels", self.frame_side)
+        configs.require(self.duration[0] >= 0.5, "duration must be >= 0.5 seconds", self.duration)
+        configs.require(self.gop[0] >= 1, "gop must be >= 1 frame", self.gop)
         for name, known in (("kinds", synthetic_scene.KINDS), ("colours", tuple(synthetic_scene.COLOURS)),
                             ("phrases", synthetic_annotations.PHRASE_FORMS),
                             ("point_modes", ("bare", "point_count", "count_point", "count"))):
             values = getattr(self, name)
-            _require(values and set(values) <= set(known), f"{name} must be some of {known}", values)
+            configs.require(values and set(values) <= set(known), f"{name} must be some of {known}", values)
         kinds = dict(self.annotations)
-        _require(set(kinds) <= set(synthetic_annotations.ANNOTATION_KINDS) and sum(kinds.values()) > 0
-                 and min(kinds.values()) >= 0,
-                 f"annotations must give rates >= 0 of {synthetic_annotations.ANNOTATION_KINDS}",
-                 self.annotations)
-        _require(self.unique in ("colour", "phrase", "none"), "unique must be colour, phrase or none",
-                 self.unique)
-        _require(self.point_time in ("first", "random"), "point_time must be first or random",
-                 self.point_time)
+        configs.require(set(kinds) <= set(synthetic_annotations.ANNOTATION_KINDS) and sum(kinds.values()) > 0
+                        and min(kinds.values()) >= 0,
+                        f"annotations must give rates >= 0 of {synthetic_annotations.ANNOTATION_KINDS}",
+                        self.annotations)
+        configs.require(self.unique in ("colour", "phrase", "none"), "unique must be colour, phrase or none",
+                        self.unique)
+        configs.require(self.point_time in ("first", "random"), "point_time must be first or random",
+                        self.point_time)
         available = {"colour": len(self.colours), "phrase": len(self.colours) * len(self.kinds)}
-        _require(self.objects[1] <= available.get(self.unique, self.objects[1]),
-                 f"objects must not exceed the different {self.unique}s", self.objects)
-
-
-def _require(ok, rule: str, value) -> None:
-    if not ok:
-        raise ValueError(f"{rule}; got {value!r}")
+        configs.require(self.objects[1] <= available.get(self.unique, self.objects[1]),
+                        f"objects must not exceed the different {self.unique}s", self.objects)
 
 
 def quickstart_world() -> WorldConfig:
@@ -379,12 +376,10 @@ def write(folder: str | os.PathLike, config: WorldConfig, seed: int, num_example
     target.unlink(missing_ok=True)
     label.write_text(written)
     make = functools.partial(make_example, str(root), config, seed, split, has_masks)
-    partial = target.with_suffix(".partial")
-    with open(partial, "w") as lines:
+    with files.whole(target) as lines:
         for record in tqdm.tqdm(_map(make, num_examples, workers), total=num_examples,
                                 desc=f"writing {split}", unit="examples", disable=not progress):
             lines.write(json.dumps(record) + "\n")
-    partial.rename(target)
     return target
 
 

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
         pathlib.Path(cli.OUTPUT.value).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def fit(config, topology: str, slices: int) -> aot.Report:
+def fit(config, topology: str, slices: int) -> aot.StepReport:
     """Returns the report of the fastest of the candidates that fits; see aot_fit.search."""
     def compile_candidate(mesh, remat):
         train = dataclasses.replace(config.train, remat=remat)
@@ -77,19 +77,19 @@ def fit(config, topology: str, slices: int) -> aot.Report:
                           say=functools.partial(print, flush=True))
 
 
-def compile_one(config, topology: str, slices: int = 1) -> aot.Report:
+def compile_one(config, topology: str, slices: int = 1) -> aot.StepReport:
     """Returns the report of the run's step, on its own mesh or, if it names none, on the default one."""
     return aot.compile_step(
         config.model, config.train, config.optim, config.data.shape(config.model), config.data.batch_rows,
         topology, slices=slices, mesh_config=None if config.mesh == OWN else config.mesh)[0]
 
 
-def as_dict(report: aot.Report | aot_generate.Report) -> dict:
+def as_dict(report: aot.StepReport | aot_generate.AnswersReport) -> dict:
     derived = {name: getattr(report, name) for name in ("headroom", "activations") if hasattr(report, name)}
     return dataclasses.asdict(report) | {"flops": report.flops._asdict()} | derived
 
 
-def bindings(report: aot.Report, with_remat: bool) -> list[str]:
+def bindings(report: aot.StepReport, with_remat: bool) -> list[str]:
     """Returns what gives a run the mesh of the report; axes that are left out are 1 by default."""
     found = [f"sharding.MeshConfig.{axis} = {size}" for axis, size in report.mesh.items()
              if axis in ("data", "fsdp") or size > 1]
@@ -113,22 +113,23 @@ def _seconds(count: float) -> str:
     return f"{count / unit:.3g} {name}"
 
 
-def answers_table(report: aot_generate.Report) -> str:
+def answers_table(report: aot_generate.AnswersReport) -> str:
     """Returns what a person reads of --what=generate."""
     return "\n".join([
         f"{report.topology}, one chip: a prompt of {report.prompt_tokens} tokens and {report.crops} crops, "
         f"answer of up to {report.new_tokens} tokens, {report.dtype}",
         f"  parameters               {_bytes(report.parameters)}",
         f"  kept keys and values     {_bytes(report.memory)}",
-        f"  peak, reading            {_bytes(report.prefill_peak)} of {report.available / aot.GIB:.2f} GiB",
-        f"  peak, writing            {_bytes(report.decode_peak)}, {report.headroom / aot.GIB:.2f} GiB left",
+        f"  peak, reading            {_bytes(report.prefill_peak)} of {report.available / chips.GIB:.2f} GiB",
+        f"  peak, writing            {_bytes(report.decode_peak)}, "
+        f"{report.headroom / chips.GIB:.2f} GiB left",
         f"operations to read it      {report.flops.total:.4g}: "
         f"no faster than {_seconds(report.prefill_seconds)}",
         f"a token takes at least     {_seconds(report.token_seconds)}: all weights and keys are read",
         f"compiled in                {report.compile_seconds:.0f} s of a core"])
 
 
-def table(report: aot.Report) -> str:
+def table(report: aot.StepReport) -> str:
     """Returns what a person reads."""
     share = lambda part: f"{part:.3g} ({part / report.flops.total:.0%})"
     moved = [f"  {name:24s} {_bytes(size)}" for name, size in sorted(report.collectives.items())]
@@ -145,8 +146,8 @@ def table(report: aot.Report) -> str:
         f"  data                     {_bytes(report.data)}",
         f"  all else at the peak     {_bytes(max(rest, 0))}: activations, gradients, gathered parameters",
         f"    the ViT's, at most     {_bytes(report.vision)}: kept for its backward pass, by formula",
-        f"  peak                     {_bytes(report.peak)} of {report.available / aot.GIB:.2f} GiB, "
-        f"{report.headroom / aot.GIB:.2f} GiB left",
+        f"  peak                     {_bytes(report.peak)} of {report.available / chips.GIB:.2f} GiB, "
+        f"{report.headroom / chips.GIB:.2f} GiB left",
         f"operations of a step       {report.flops.total:.4g}: ViT {share(report.flops.vit)}, connector "
         f"{share(report.flops.connector)}, decoder {share(report.flops.decoder)}, attention "
         f"{share(report.flops.attention)}",

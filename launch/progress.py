@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from molmo2_jax import files
+
 NAME = "progress.json"
 _BEAT = 2.0  # seconds between two writings
 
@@ -95,12 +97,4 @@ class Progress:
 
     def _save(self) -> None:
         self._kept["peak_bytes"] = max(self._kept["peak_bytes"], peak_bytes(self._workers))
-        write_text(self._path, json.dumps(self._kept, indent=1))
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file that appears under its name only when complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        files.write_json(self._path, self._kept)

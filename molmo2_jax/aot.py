@@ -26,7 +26,6 @@ from molmo2_jax import state as state_lib
 from molmo2_jax import train
 from molmo2_jax import types
 
-GIB = 2**30
 # Widths of a patch that a layer of the ViT keeps for its backward pass; MLPs are 3.7 wide.
 KEPT_BY_VIT = {"full": 1, "attention": 1, "dots": 10, "none": 12}
 _QUIET = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -41,13 +40,13 @@ class DoesNotFit(ValueError):
 
     def __init__(self, needed: float, available: float, hints: list[str]):
         self.needed, self.available, self.hints = needed, available, hints
-        super().__init__(f"a step must fit into {available / GIB:.1f} GiB per chip; it needs "
-                         f"{needed / GIB:.1f} GiB, {(needed - available) / GIB:.1f} too many; what may help: "
-                         + "; ".join(hints))
+        wanted, there = needed / chips_lib.GIB, available / chips_lib.GIB
+        super().__init__(f"a step must fit into {there:.1f} GiB per chip; it needs {wanted:.1f} GiB, "
+                         f"{wanted - there:.1f} too many; what may help: {'; '.join(hints)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class StepReport:
     """What is known of a compiled step; bytes are those of one device (a chip, or half of a TPU7x),
     operations those of the whole step."""
     topology: str
@@ -126,21 +125,15 @@ def default_mesh(rows: int, num_devices: int, slices: int = 1) -> sharding.MeshC
                                context=num_devices // slices // groups)
 
 
-def abstract_batch(model: config_lib.Molmo2Config, shape: dict[str, int], rows: int, mesh) -> types.Batch:
-    """Returns ShapeDtypeStructs of `rows` rows of `shape` (T, M, R and W), laid out over the mesh."""
-    T, M, R, W = (shape[letter] for letter in "TMRW")
-    ints = jax.ShapeDtypeStruct((rows, T), jnp.int32)
-    batch = types.Batch(*(ints,) * len(types.Batch._fields))._replace(
-        weights=jax.ShapeDtypeStruct((rows, T), jnp.float32),
-        patches=jax.ShapeDtypeStruct((rows, M, model.vision.num_patches, model.vision.patch_values),
-                                     jnp.uint8),
-        pooled=jax.ShapeDtypeStruct((rows, R, W), jnp.int32))
-    sharding.check_batch(mesh, rows, T)
+def abstract_batch(model: config_lib.Molmo2Config, shape: types.RowShape, rows: int, mesh) -> types.Batch:
+    """Returns ShapeDtypeStructs of `rows` rows of `shape`, laid out over the mesh."""
+    batch = types.batch_shapes(rows, shape, model.vision.patch_shape)
+    sharding.check_batch(mesh, rows, shape.T)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch,
                         sharding.of_batch(mesh, batch))
 
 
-def lower(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig, shape: dict[str, int],
+def lower(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig, shape: types.RowShape,
           rows: int, mesh):
     """Returns (the lowered train step, its abstract state and batch)."""
     model = config.model(model_config)
@@ -175,13 +168,13 @@ def compile_lowered(lowered, hints: Callable[[], list[str]], chip: chips_lib.Chi
         sizes = re.findall(r"\(([\d.]+)G\)", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or len(sizes) < 2:
             raise
-        raise DoesNotFit(float(sizes[0]) * GIB, float(sizes[1]) * GIB, hints()) from None
+        raise DoesNotFit(float(sizes[0]) * chips_lib.GIB, float(sizes[1]) * chips_lib.GIB, hints()) from None
 
 
 def compile_step(model_config, config: train.TrainConfig, optimiser: optim.OptimConfig,
-                 shape: dict[str, int], rows: int, topology: str, *, slices: int = 1,
+                 shape: types.RowShape, rows: int, topology: str, *, slices: int = 1,
                  mesh_config: sharding.MeshConfig | None = None):
-    """Returns (Report, text of the compiled program) of one train step.
+    """Returns (StepReport, text of the compiled program) of one train step.
 
     Raises:
       ValueError: unknown topology; rows or tokens do not divide over the mesh.
@@ -208,7 +201,7 @@ def _hints(config, optimiser, shape, rows, mesh) -> list[str]:
     if rows > groups:
         hints.append(f"fewer rows per group of devices (here {rows // groups})")
     context = 2 * mesh.shape["context"]
-    if shape["T"] % context == 0:
+    if shape.T % context == 0:
         hints.append(f"context = {context} (each device then holds half as many tokens and crops)")
     if mesh.shape["data"] > 1:
         hints.append(f"fsdp = {2 * mesh.shape['fsdp']} instead of data (halves parameters and moments)")
@@ -218,22 +211,22 @@ def _hints(config, optimiser, shape, rows, mesh) -> list[str]:
 
 
 def _report(slice_, slices, mesh, rows, config, model_config, shape, state, batch, memory, text,
-            seconds) -> Report:
+            seconds) -> StepReport:
     devices = slice_.devices * slices
-    model_flops = flops_lib.train_step(model_config, rows=rows, **shape)
-    again = flops_lib.recomputed(model_config, config.remat, config.vision_remat, rows=rows, **shape)
+    model_flops = flops_lib.train_step(model_config, rows=rows, shape=shape)
+    again = flops_lib.recomputed(model_config, config.remat, config.vision_remat, rows=rows, shape=shape)
     hardware = model_flops.plus(again).total
     moved = hlo.collectives(text, mesh.size // slices)
     over = lambda network: sum(size for name, size in moved.items() if name.startswith(network))
     times = {"compute": hardware / (devices * slice_.chip.flops), "ici": over("ici") / slice_.chip.ici_rate,
              "dcn": over("dcn") / slice_.chip.dcn_rate}
     bounded_by = max(times, key=times.get)
-    crops = rows * shape["M"] / mesh.size
+    crops = rows * shape.M / mesh.size
     v, vision_remat = model_config.vision, config.vision_remat or config.remat
     kept = v.num_layers * KEPT_BY_VIT[vision_remat]
     offloaded = bytes_per_device(state.opt_state, on_host=True)
     moved |= {"host": 2.0 * offloaded} if offloaded else {}
-    return Report(
+    return StepReport(
         topology=slice_.name, slices=slices, chips=slice_.chips * slices, mesh=dict(mesh.shape), rows=rows,
         remat=config.remat, vision_remat=vision_remat, offloaded=offloaded,
         parameters=bytes_per_device(state.params), optimiser=bytes_per_device(state.opt_state),

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from molmo2_jax import aot
+from molmo2_jax import chips
 from molmo2_jax import sharding
 
 REMATS = ("full", "attention", "dots")  # from the least memory to the least work
@@ -29,9 +30,9 @@ def candidates(rows: int, length: int, chips: int, slices: int = 1) -> list[shar
     return found
 
 
-def search(compile_one: Callable[[sharding.MeshConfig, str], aot.Report],
+def search(compile_one: Callable[[sharding.MeshConfig, str], aot.StepReport],
            meshes: Iterable[sharding.MeshConfig], *, tries: int, seconds: float,
-           say: Callable[[str], None]) -> aot.Report:
+           say: Callable[[str], None]) -> aot.StepReport:
     """Returns the report with the lowest bound on a step's time of those that fit.
 
     On each mesh "full" comes first: where that does not fit, nothing does. After `tries` compilations, or
@@ -50,15 +51,15 @@ def search(compile_one: Callable[[sharding.MeshConfig, str], aot.Report],
                 report = compile_one(mesh, remat)
             except aot.DoesNotFit as miss:
                 misses.append(miss)
-                say(f"{mesh}, remat {remat!r}: {(miss.needed - miss.available) / aot.GIB:.1f} GiB too many")
+                say(f"{mesh}, remat {remat!r}: {(miss.needed - miss.available) / chips.GIB:.1f} GiB too many")
                 break
             fitting.append(report)
             say(f"{mesh}, remat {remat!r}: {report.seconds_bound:.2f} s at least, "
-                f"{report.headroom / aot.GIB:.1f} GiB left")
+                f"{report.headroom / chips.GIB:.1f} GiB left")
     return _best(fitting, misses)
 
 
-def _best(fitting: list[aot.Report], misses: list[aot.DoesNotFit]) -> aot.Report:
+def _best(fitting: list[aot.StepReport], misses: list[aot.DoesNotFit]) -> aot.StepReport:
     if not fitting:
         raise min(misses, key=lambda miss: miss.needed)
     return min(fitting, key=lambda report: report.seconds_bound)

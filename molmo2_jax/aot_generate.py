@@ -13,11 +13,12 @@ from molmo2_jax import decode
 from molmo2_jax import flops as flops_lib
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
+from molmo2_jax import types
 from molmo2_jax.model import molmo2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
+class AnswersReport:
     """What is known of the two programs; bytes of one chip, operations of reading one batch of prompts."""
     topology: str
     dtype: str
@@ -41,10 +42,10 @@ class Report:
         return self.available - max(self.prefill_peak, self.decode_peak)
 
 
-def compile_answers(model_config: config_lib.Molmo2Config, shape: dict[str, int], topology: str, *,
+def compile_answers(model_config: config_lib.Molmo2Config, shape: types.RowShape, topology: str, *,
                     rows: int = 1, questions: int = 1, new_tokens: int = 512, dtype: str = "float32"
-                    ) -> Report:
-    """Returns the Report of answering prompts of `shape` (T, M, R and W) on one chip of the slice.
+                    ) -> AnswersReport:
+    """Returns the AnswersReport of answering prompts of `shape` on one chip of the slice.
 
     Raises:
       ValueError: unknown topology.
@@ -59,9 +60,9 @@ def compile_answers(model_config: config_lib.Molmo2Config, shape: dict[str, int]
         (reading, first), (writing, second) = (aot.compile_lowered(program, hints, chip)
                                                for program in (begin, advance))
     once = _read(model_config, shape, rows, questions)
-    return Report(
+    return AnswersReport(
         topology=chips_lib.find(topology).name, dtype=dtype, rows=rows, questions=questions,
-        prompt_tokens=shape["T"], crops=shape["M"], new_tokens=new_tokens, parameters=params, memory=memory,
+        prompt_tokens=shape.T, crops=shape.M, new_tokens=new_tokens, parameters=params, memory=memory,
         prefill_peak=reading.memory_analysis().peak_memory_in_bytes,
         decode_peak=writing.memory_analysis().peak_memory_in_bytes, available=chip.memory, flops=once,
         prefill_seconds=once.total / chip.flops, token_seconds=(params + memory) / chip.memory_rate,
@@ -70,7 +71,7 @@ def compile_answers(model_config: config_lib.Molmo2Config, shape: dict[str, int]
 
 def _read(model_config, shape, rows: int, questions: int) -> flops_lib.Flops:
     """Returns the operations of reading the prompts: the head sees the last token of each question only."""
-    T, M, R, W = (shape[letter] for letter in "TMRW")
+    T, M, R, W = shape
     once = flops_lib.forward(model_config, tokens=rows * T, crops=rows * M, windows=rows * R, slots=W,
                              pairs=rows * T * T / 2)
     spared = 2.0 * rows * (T - questions) * model_config.text.width * model_config.text.vocab_size

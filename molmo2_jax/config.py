@@ -20,7 +20,8 @@ SPECIAL_TOKENS = (
 VisualAttention = Literal["image_tokens", "within_image", "causal"]
 
 
-def _require(ok: bool, rule: str, value) -> None:
+def require(ok: bool, rule: str, value) -> None:
+    """Raises ValueError with the rule and the value that breaks it, unless `ok`."""
     if not ok:
         raise ValueError(f"{rule}; got {value!r}")
 
@@ -40,10 +41,10 @@ class VisionConfig:
     position_init_std: float | None = None  # None: width ** -0.5, as the reference
 
     def __post_init__(self):
-        _require(self.image_size % self.patch_size == 0,
-                 "image_size must be a multiple of patch_size", (self.image_size, self.patch_size))
-        _require(min(self.width, self.num_layers, self.num_heads, self.head_dim, self.mlp_width) >= 1,
-                 "sizes of the ViT must be >= 1", self)
+        require(self.image_size % self.patch_size == 0,
+                "image_size must be a multiple of patch_size", (self.image_size, self.patch_size))
+        require(min(self.width, self.num_layers, self.num_heads, self.head_dim, self.mlp_width) >= 1,
+                "sizes of the ViT must be >= 1", self)
 
     @property
     def grid(self) -> int:
@@ -59,6 +60,11 @@ class VisionConfig:
         """Numbers in one patch: rows x columns x RGB."""
         return self.patch_size ** 2 * 3
 
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(P, C): patches of a crop, numbers in a patch."""
+        return self.num_patches, self.patch_values
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
@@ -72,10 +78,10 @@ class ConnectorConfig:
     init_std: float | None = 0.02            # None: scaled by fan-in
 
     def __post_init__(self):
-        _require(len(self.taps) >= 1 and min(self.taps) >= 0, "taps must name layers >= 0", self.taps)
+        require(len(self.taps) >= 1 and min(self.taps) >= 0, "taps must name layers >= 0", self.taps)
         for window in (self.image_window, self.video_window):
-            _require(len(window) == 2 and min(window) >= 1,
-                     "a pooling window must be at least (1, 1) patches", window)
+            require(len(window) == 2 and min(window) >= 1,
+                    "a pooling window must be at least (1, 1) patches", window)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,13 +117,13 @@ class TextConfig:
     embedding_init_std: float = 0.02
 
     def __post_init__(self):
-        _require(self.num_heads % self.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads",
-                 (self.num_heads, self.num_kv_heads))
-        _require(self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
-        _require(self.additional_vocab_size >= len(SPECIAL_TOKENS),
-                 f"additional_vocab_size must hold the {len(SPECIAL_TOKENS)} special tokens",
-                 self.additional_vocab_size)
-        _require(self.qk_norm in ("qwen3", "olmo"), "qk_norm must be 'qwen3' or 'olmo'", self.qk_norm)
+        require(self.num_heads % self.num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads",
+                (self.num_heads, self.num_kv_heads))
+        require(self.head_dim % 2 == 0, "head_dim must be even for rotary positions", self.head_dim)
+        require(self.additional_vocab_size >= len(SPECIAL_TOKENS),
+                f"additional_vocab_size must hold the {len(SPECIAL_TOKENS)} special tokens",
+                self.additional_vocab_size)
+        require(self.qk_norm in ("qwen3", "olmo"), "qk_norm must be 'qwen3' or 'olmo'", self.qk_norm)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,11 +135,11 @@ class Molmo2Config:
     visual_attention: VisualAttention = "image_tokens"
 
     def __post_init__(self):
-        _require(max(self.connector.taps) < self.vision.num_layers,
-                 f"taps must name one of the {self.vision.num_layers} ViT layers", self.connector.taps)
-        _require(self.visual_attention in ("image_tokens", "within_image", "causal"),
-                 "visual_attention must be 'image_tokens', 'within_image' or 'causal'",
-                 self.visual_attention)
+        require(max(self.connector.taps) < self.vision.num_layers,
+                f"taps must name one of the {self.vision.num_layers} ViT layers", self.connector.taps)
+        require(self.visual_attention in ("image_tokens", "within_image", "causal"),
+                "visual_attention must be 'image_tokens', 'within_image' or 'causal'",
+                self.visual_attention)
 
     def special_id(self, token: str) -> int:
         """Vocabulary id of one of SPECIAL_TOKENS."""
@@ -155,15 +161,15 @@ class InputConfig:
     max_read_seconds: float = 600.0           # longest that reading the media of an example may take
 
     def __post_init__(self):
-        _require(self.max_crops >= 1 and self.high_res_crops >= 1, "crop limits must be >= 1",
-                 (self.max_crops, self.high_res_crops))
-        _require(self.max_frames >= 1, "max_frames must be >= 1", self.max_frames)
-        _require(self.max_fps > 0, "max_fps must be > 0 frames per second", self.max_fps)
-        _require(self.max_tracking_fps >= 1, "max_tracking_fps must be >= 1 frame per second",
-                 self.max_tracking_fps)
-        _require(self.max_read_seconds > 0, "max_read_seconds must be > 0", self.max_read_seconds)
-        _require(min(self.overlap_margins) >= 0, "overlap_margins must be >= 0 patches",
-                 self.overlap_margins)
+        require(self.max_crops >= 1 and self.high_res_crops >= 1, "crop limits must be >= 1",
+                (self.max_crops, self.high_res_crops))
+        require(self.max_frames >= 1, "max_frames must be >= 1", self.max_frames)
+        require(self.max_fps > 0, "max_fps must be > 0 frames per second", self.max_fps)
+        require(self.max_tracking_fps >= 1, "max_tracking_fps must be >= 1 frame per second",
+                self.max_tracking_fps)
+        require(self.max_read_seconds > 0, "max_read_seconds must be > 0", self.max_read_seconds)
+        require(min(self.overlap_margins) >= 0, "overlap_margins must be >= 0 patches",
+                self.overlap_margins)
 
 
 def molmo2_8b() -> Molmo2Config:

@@ -12,8 +12,8 @@ Two programs per shape: `begin` reads the prompts and chooses the first tokens, 
 that goes on to a given number of tokens. Called once it writes whole answers; called again and again it lets
 them be read while they are written.
 
-B rows, T prompt tokens, Q questions per row, N slots for the tokens of an answer, V base vocabulary, S states
-of reading stop strings.
+B rows, T prompt tokens, Q questions per row, n rows or questions of any number, N slots for the tokens of an
+answer, V base vocabulary, S states of reading stop strings, D width, L layers, K key heads, H head width.
 
 Source: reference, olmo/models/molmo2/molmo2.py (generate), which handles one question at a time with a
 growing cache.
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from molmo2_jax import types
 from molmo2_jax.attention import tree_mask
+from molmo2_jax.model import layers
 from molmo2_jax.model import molmo2
 from molmo2_jax.model import text
 
@@ -130,10 +131,8 @@ def ready(params, dtype: str, unroll: bool | None = None):
     params = jax.tree_util.tree_map_with_path(cast, params)
     if unroll or (unroll is None and jax.default_backend() == "cpu"):
         for tower in ("vision", "text"):
-            stack = params[tower]["layers"]
-            count = len(jax.tree.leaves(stack)[0])
-            unstacked = [jax.tree.map(lambda leaf: leaf[number], stack) for number in range(count)]
-            params = params | {tower: params[tower] | {"layers": unstacked}}
+            stack = layers.Stack(params[tower]["layers"])
+            params = params | {tower: params[tower] | {"layers": stack.unrolled()}}
     return jax.device_put(params)
 
 
@@ -160,15 +159,14 @@ def remember(prompt, num_questions: int, num_new: int, dtype: str | None = None)
       prompt: text.Cache, or a list with one per layer; the result is a text.Memory or a list likewise.
       dtype: of what is kept; None keeps that of the computation.
     """
-    if isinstance(prompt, list):
-        kept = [remember(jax.tree.map(lambda x: x[None], one), num_questions, num_new, dtype)
-                for one in prompt]
-        return [one._replace(prompt=jax.tree.map(lambda x: x[0], one.prompt)) for one in kept]
-    k, v = (x.astype(dtype or x.dtype) for x in prompt)
-    L, B, _, K, H = k.shape
-    room = jnp.zeros((L, B, num_questions, K, num_new, H), k.dtype)
-    return text.Memory(text.Cache(k.transpose(0, 1, 3, 4, 2), v.swapaxes(2, 3)),
-                       text.Cache(room.swapaxes(-2, -1), room))
+    def one(prompt: text.Cache) -> text.Memory:
+        k, v = (x.astype(dtype or x.dtype) for x in prompt)
+        *stack, B, _, K, H = k.shape  # one layer of a list has no L
+        room = jnp.zeros((*(stack or [1]), B, num_questions, K, num_new, H), k.dtype)
+        return text.Memory(text.Cache(jnp.moveaxis(k, -3, -1), v.swapaxes(-3, -2)),
+                           text.Cache(room.swapaxes(-2, -1), room))
+
+    return layers.Stack.map_kept(one, prompt)
 
 
 def seen_of_prompt(end_BT, last_BQ):

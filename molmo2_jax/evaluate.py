@@ -112,24 +112,25 @@ def _windows(answerer, examples, ask: Ask, window: int, readers: int) -> Iterato
 
 def _batches(reads: Sequence[_Read], rows: int) -> list[list[_Read]]:
     """Returns batches of up to `rows` examples of similar size, the largest first."""
-    ordered = sorted(reads, key=lambda read: _size(generate.shape_of(read.prompt)), reverse=True)
+    ordered = sorted(reads, key=lambda read: _size(read.prompt.shape), reverse=True)
     return [ordered[begin:begin + rows] for begin in range(0, len(ordered), rows)]
 
 
-def _size(shape: generate.Shape) -> tuple[int, int, int]:
-    return shape.T, shape.M, shape.Q
+def _size(shape: generate.PromptShape) -> tuple[int, int, int]:
+    return shape.row.T, shape.row.M, shape.Q
 
 
-def choose_shape(needed: generate.Shape, compiled: set[generate.Shape]) -> generate.Shape:
+def choose_shape(needed: generate.PromptShape, compiled: set[generate.PromptShape]
+                 ) -> generate.PromptShape:
     """Returns the smallest compiled shape that covers `needed` without much waste, else `needed` itself."""
     fitting = [shape for shape in compiled if shape.covers(needed)
-               and shape.T <= MOST_WASTE * needed.T and shape.M <= MOST_WASTE * needed.M]
+               and shape.row.T <= MOST_WASTE * needed.row.T and shape.row.M <= MOST_WASTE * needed.row.M]
     return min(fitting, key=_size, default=needed)
 
 
 def _answer(answerer, batch: Sequence[_Read], rows: int) -> dict[int, list[Answered]]:
     prompts = [read.prompt for read in batch]
-    needed = generate.Shape(*(max(sizes) for sizes in zip(*map(generate.shape_of, prompts))))
+    needed = generate.PromptShape.largest([prompt.shape for prompt in prompts])
     answers = answerer.run(prompts, choose_shape(needed, answerer.shapes), rows,
                            [read.index * DRAWS_PER_EXAMPLE for read in batch])
     return {read.index: [Answered(example=read.example, media=read.prompt.media, question=question,

@@ -1,8 +1,11 @@
 """Paths of a work directory, on this machine or in a bucket ("gs://..."), through one interface."""
 
+import contextlib
 import json
 import os
-from typing import Any
+import pathlib
+from collections.abc import Iterator
+from typing import IO, Any
 
 from etils import epath
 
@@ -32,9 +35,24 @@ def copy(source: epath.Path, target: epath.Path) -> None:
             one.copy(target / one.name, overwrite=True)
 
 
-def write_json(target: epath.Path, value: Any) -> None:
-    """Writes a file that is there whole or not at all, and the folders around it."""
+@contextlib.contextmanager
+def whole(target: pathlib.Path | epath.Path) -> Iterator[IO[str]]:
+    """Returns a text file to write that has its name only once the block has ended without an error.
+
+    Makes the folders around it. After an error nothing is left of it, and an earlier file stays.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
-    partial.replace(target)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            yield file
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(target: pathlib.Path | epath.Path, value: Any) -> None:
+    """Writes a file that is there whole or not at all, and the folders around it."""
+    with whole(target) as file:
+        file.write(json.dumps(value, indent=1))

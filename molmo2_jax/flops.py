@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 from molmo2_jax import config as config_lib
+from molmo2_jax import types
 
 
 class Flops(NamedTuple):
@@ -71,13 +72,14 @@ def forward(model: config_lib.Molmo2Config, *, tokens: int, crops: int, windows:
                  p.decoder + p.decoder_last + p.head, p.attention)
 
 
-def train_step(model: config_lib.Molmo2Config, *, rows: int, T: int, M: int, R: int, W: int,
+def train_step(model: config_lib.Molmo2Config, *, rows: int, shape: types.RowShape,
                density: float = 0.5) -> Flops:
     """Returns the operations of one update over `rows` full rows.
 
     density: share of all T x T pairs of tokens that see each other; 0.5 is one causal sequence per row. For
     the head of a frozen table (tied_head) the gradient of the kernel is no work that training needs.
     """
+    T, M, R, W = shape
     once = forward(model, tokens=rows * T, crops=rows * M, windows=rows * R, slots=W,
                    pairs=rows * density * T * T)
     total = once.times(3)
@@ -86,12 +88,13 @@ def train_step(model: config_lib.Molmo2Config, *, rows: int, T: int, M: int, R: 
 
 
 def recomputed(model: config_lib.Molmo2Config, remat: str, vision_remat: str | None = None, *, rows: int,
-               T: int, M: int, R: int, W: int, density: float = 0.5) -> Flops:
+               shape: types.RowShape, density: float = 0.5) -> Flops:
     """Returns what a step computes a second time under policies of layers.REMAT_POLICIES.
 
     The loss always recomputes the head's product, and the connector is recomputed whole unless nothing is. A
     block's last product is not needed again, unless a norm follows it.
     """
+    T, M, R, W = shape
     p = _products(model, rows * T, rows * M, rows * R, W, rows * density * T * T)
     vit_policy, keeps_products = vision_remat or remat, ("none", "dots")
     vit = ((0.0 if vit_policy in keeps_products else p.vit)

@@ -87,63 +87,40 @@ class Prompt(NamedTuple):
     last: tuple[int, ...]          # position in the tree of each question's last token
     questions: tuple[Question, ...]
     media: types.Media
+    shape: "PromptShape"           # rounded sizes that it needs
     read_seconds: float
 
 
-class Shape(NamedTuple):
-    """Fixed sizes of a row."""
-    T: int
-    M: int
-    R: int
+class PromptShape(NamedTuple):
+    """Fixed sizes of a row that holds a prompt: of its tree, and its number of questions."""
+    row: types.RowShape
     Q: int
 
-    def covers(self, other: "Shape") -> bool:
-        return all(mine >= its for mine, its in zip(self, other))
+    @classmethod
+    def of(cls, tree: types.Sequence, num_questions: int, window: int) -> "PromptShape":
+        """Returns rounded sizes for a tree and its questions; `window`: W, patches per visual token."""
+        row = types.RowShape(T=coarse_size(len(tree.tokens), 128), M=coarse_size(len(tree.patches)),
+                             R=coarse_size(len(tree.pooled), 16), W=window)
+        return cls(row, coarse_size(num_questions))
+
+    @classmethod
+    def largest(cls, shapes: Sequence["PromptShape"]) -> "PromptShape":
+        """Returns the smallest shape that covers all of these."""
+        rows, counts = zip(*shapes)
+        return cls(types.RowShape(*map(max, zip(*rows))), max(counts))
+
+    def covers(self, other: "PromptShape") -> bool:
+        """Returns whether a prompt of the other shape fits."""
+        return self == self.largest([self, other])
 
 
-def round_up(size: int, least: int = 1) -> int:
+def coarse_size(size: int, least: int = 1) -> int:
     """Returns the smallest of 0, least, 1.5 least, 2 least, 3 least, 4 least, 6 least ... >= size."""
     if size <= 0:
         return 0
     power = least << max(0, math.ceil(math.log2(size / least)))
     smaller = power * 3 // 4
     return smaller if power > least and smaller >= size else power
-
-
-def shape_of(prompt: Prompt) -> Shape:
-    """Returns the rounded sizes that a prompt needs."""
-    tree = prompt.tree
-    return Shape(round_up(len(tree.tokens), 128), round_up(len(tree.patches)), round_up(len(tree.pooled), 16),
-                 round_up(len(prompt.last)))
-
-
-def question_tree(crops: types.Crops | None, questions: Sequence[Question],
-                  tokenizer: tokenizers.Tokenizer) -> tuple[types.Sequence, tuple[int, ...]]:
-    """Returns (a tree with one branch per question, the position of each question's last token).
-
-    Each branch holds the tokens and positions that the question has in a sequence of its own.
-
-    Raises:
-      ValueError: there is no question, or one holds special tokens of the model.
-    """
-    if not questions:
-        raise ValueError("at least one question is needed; got none")
-    root = 1 if crops is None else 1 + len(crops.tokens)  # BOS and the visual tokens
-    first = sequences.build(crops, [types.Branch(turns=questions[0].turns)], tokenizer)
-    branches = [first.tokens[root:]]
-    for question in questions[1:]:
-        alone = sequences.build(None, [types.Branch(turns=question.turns)], tokenizer)
-        branches.append(alone.tokens[1:])
-    lengths = [len(branch) for branch in branches]
-    tokens = np.concatenate([first.tokens[:root], *branches])
-    positions = np.concatenate([np.arange(root), *(root + np.arange(length) for length in lengths)])
-    branch = np.repeat(np.arange(-1, len(branches)), [root, *lengths])
-    image = np.full(len(tokens), -1, np.int32)
-    image[:root] = first.image[:root]
-    tree = dataclasses.replace(
-        first, tokens=tokens, targets=np.zeros_like(tokens), weights=np.zeros(len(tokens), np.float32),
-        positions=positions.astype(np.int32), branch=branch.astype(np.int32), image=image)
-    return tree, tuple(int(end) for end in root + np.cumsum(lengths) - 1)
 
 
 class _Writer:
@@ -182,11 +159,11 @@ class Answerer:
             raise ValueError(f"max_new_tokens must be >= 1; got {max_new_tokens}")
         self.config, self.inputs, self.tokenizer = config, inputs, tokenizer
         self.max_new_tokens, self.sampling, self.stop = max_new_tokens, sampling, stops.check(stop)
-        self.shapes: set[Shape] = set()
+        self.shapes: set[PromptShape] = set()
         self._model = molmo2.Molmo2(config, dtype=dtype, remat="none")
         self._params = decode.ready(params, dtype)
         self._options = dict(
-            eos=tokenizer.eos_id, num_new=round_up(max_new_tokens, 32), sampling=sampling,
+            eos=tokenizer.eos_id, num_new=coarse_size(max_new_tokens, 32), sampling=sampling,
             stops=jax.device_put(stops.token_table(self.stop, tokenizer)), cache_dtype=cache_dtype)
         windows = (config.connector.image_window, config.connector.video_window)
         self._window = max(math.prod(window) for window in windows)
@@ -214,9 +191,8 @@ class Answerer:
 
     def _stream(self, prompt: Prompt, every: int) -> Iterator[Piece]:
         start = time.perf_counter()
-        shape = shape_of(prompt)
-        self.shapes.add(shape)
-        batch, wanted = self._batch([prompt], shape, 1, None)
+        self.shapes.add(prompt.shape)
+        batch, wanted = self._batch([prompt], prompt.shape, 1, None)
         writers = [_Writer(self.tokenizer, self.stop) for _ in prompt.questions]
         for answers in decode.stream(self._model, self._params, batch, wanted, every=every, **self._options):
             for q, writer in enumerate(writers):
@@ -243,12 +219,13 @@ class Answerer:
     def ask(self, crops, media: types.Media, questions, read_seconds: float = 0.0) -> Prompt:
         """Returns the prompt of questions about media that were seen; raises as `answer`."""
         questions = tuple(Question(turns=(one,)) if isinstance(one, str) else one for one in questions)
-        tree, last = question_tree(crops, questions, self.tokenizer)
-        prompt = Prompt(tree, last, questions, media, read_seconds)
+        tree, last = sequences.ask(crops, [question.turns for question in questions], self.tokenizer)
+        shape = PromptShape.of(tree, len(questions), self._window)
+        prompt = Prompt(tree, last, questions, media, shape, read_seconds)
         self._check_length(prompt)
         return prompt
 
-    def run(self, prompts: Sequence[Prompt], shape: Shape | None = None, rows: int | None = None,
+    def run(self, prompts: Sequence[Prompt], shape: PromptShape | None = None, rows: int | None = None,
             draws: Sequence[int] | None = None) -> list[list[Answer]]:
         """Returns the answers to each prompt's questions; one device call.
 
@@ -259,7 +236,7 @@ class Answerer:
             questions are counted through.
         """
         start = time.perf_counter()
-        shape = shape or Shape(*(max(sizes) for sizes in zip(*map(shape_of, prompts))))
+        shape = shape or PromptShape.largest([prompt.shape for prompt in prompts])
         self.shapes.add(shape)
         batch, wanted = self._batch(prompts, shape, rows or len(prompts), draws)
         answers = decode.generate(self._model, self._params, batch, wanted, **self._options)
@@ -268,11 +245,10 @@ class Answerer:
         return [[self._read(prompt, answers, row, q, seconds) for q in range(len(prompt.questions))]
                 for row, prompt in enumerate(prompts)]
 
-    def _batch(self, prompts, shape: Shape, rows: int, draws: Sequence[int] | None):
-        patch_shape = (self.config.vision.num_patches, self.config.vision.patch_values)
+    def _batch(self, prompts, shape: PromptShape, rows: int, draws: Sequence[int] | None):
         trees = [[prompt.tree] for prompt in prompts] + [[]] * (rows - len(prompts))
-        batch = packing.stack([packing.join(tree, T=shape.T, M=shape.M, R=shape.R, W=self._window,
-                                            patch_shape=patch_shape) for tree in trees])
+        batch = packing.stack([packing.join(tree, shape.row, self.config.vision.patch_shape)
+                               for tree in trees])
         counts = [len(prompt.questions) for prompt in prompts]
         draws = np.cumsum([0, *counts[:-1]]) if draws is None else draws
         last, limit, draw = (np.full((rows, shape.Q), fill, np.int32) for fill in (-1, 0, 0))

@@ -53,9 +53,8 @@ class Writer:
         self._folder = files.path(self._here.name if self._here else workdir)
         self._folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read(self._target / NAME) if line["step"] < first_step]
-        partial = self._folder / f".{NAME}.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(self._folder / NAME)
+        with files.whole(self._folder / NAME) as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
         self._file = open(self._folder / NAME, "a", buffering=1)  # noqa: SIM115, closed by close()
         self._board = _open_board(str(self._folder / "tensorboard"), first_step)
         self._wandb = _wandb_run(workdir) if _has_wandb() else None

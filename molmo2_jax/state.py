@@ -21,22 +21,23 @@ class TrainState(NamedTuple):
 
 def smallest_batch(model) -> types.Batch:
     """Returns the shapes of a one-token, one-crop batch: enough to trace the parameters."""
-    vision = model.config.vision
-    ints = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return types.Batch(*(ints,) * len(types.Batch._fields))._replace(
-        weights=jax.ShapeDtypeStruct((1, 1), jnp.float32),
-        patches=jax.ShapeDtypeStruct((1, 1, vision.num_patches, vision.patch_values), jnp.uint8),
-        pooled=jax.ShapeDtypeStruct((1, 1, 1), jnp.int32))
+    return types.batch_shapes(1, types.RowShape(T=1, M=1, R=1, W=1), model.config.vision.patch_shape)
 
 
-def _init_params(model, key):
+def init_params(model, key):
+    """Returns new parameters in flax's boxes, whose `names` are their logical axes."""
     batch = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), smallest_batch(model))
     return model.init(key, batch)["params"]
 
 
+def boxed_params(model):
+    """Returns what `init_params` does, with ShapeDtypeStructs in the boxes; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+
 def abstract_params(model, mesh):
     """Returns the parameters as ShapeDtypeStructs with shardings."""
-    boxed = jax.eval_shape(lambda: _init_params(model, jax.random.key(0)))
+    boxed = boxed_params(model)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
                         nn.meta.unbox(boxed), sharding.of_parameters(boxed, mesh))
 
@@ -94,7 +95,7 @@ def create(model, tx: optim.Optimiser, mesh, seed: int, params=None, layout=None
 
     def fresh(key, given):
         init_key, run_key = jax.random.split(key)
-        start = nn.meta.unbox(_init_params(model, init_key)) if given is None else given
+        start = nn.meta.unbox(init_params(model, init_key)) if given is None else given
         return TrainState(jnp.zeros((), jnp.int32), start, tx.init(start), run_key)
 
     # Fully optimised, the many small draws take XLA 20 s of a CPU to compile, for a program that runs once.

@@ -116,6 +116,14 @@ class Sequence:
     pooled: np.ndarray       # int32[R, W]
 
 
+class RowShape(NamedTuple):
+    """The fixed sizes of a row."""
+    T: int                   # tokens
+    M: int                   # crops
+    R: int                   # visual tokens
+    W: int                   # patches that one visual token pools, at most
+
+
 class Batch(NamedTuple):
     """Packed rows of fixed shape. The mask is (end, group) or (end, image): see attention.tree_mask.
 
@@ -133,3 +141,20 @@ class Batch(NamedTuple):
     branch: Any              # int32[B, T], -1 in roots
     patches: Any             # uint8[B, M, P, C]
     pooled: Any              # int32[B, R, W]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape and dtype of an array, under the names that jax reads them by."""
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def batch_shapes(rows: int, shape: RowShape, patch_shape: tuple[int, int]) -> Batch:
+    """Returns a Batch of ArraySpecs: `rows` rows of `shape` with patches of `patch_shape` (P, C)."""
+    T, M, R, W = shape
+    specs = dict.fromkeys(Batch._fields, ArraySpec((rows, T), np.dtype(np.int32)))
+    return Batch(**specs | {
+        "weights": ArraySpec((rows, T), np.dtype(np.float32)),
+        "patches": ArraySpec((rows, M, *patch_shape), np.dtype(np.uint8)),
+        "pooled": ArraySpec((rows, R, W), np.dtype(np.int32))})

@@ -154,8 +154,8 @@ def random_sequence(rng, config: config_lib.Molmo2Config) -> types.Sequence:
 
 def row(sequences, config: config_lib.Molmo2Config, T: int, M: int, R: int) -> types.Batch:
     """Returns a Batch of one row."""
-    return packing.join(sequences, T=T, M=M, R=R, W=math.prod(config.connector.video_window),
-                        patch_shape=(config.vision.num_patches, config.vision.patch_values))
+    shape = types.RowShape(T=T, M=M, R=R, W=math.prod(config.connector.video_window))
+    return packing.join(sequences, shape, config.vision.patch_shape)
 
 
 def random_rows(seed: int, config: config_lib.Molmo2Config, B: int, T: int, M: int = 16, R: int = 64

@@ -10,6 +10,7 @@ import pytest
 
 from launch import run
 from molmo2_jax import aot
+from molmo2_jax import chips
 from molmo2_jax import hlo
 
 
@@ -44,7 +45,7 @@ shape = config.data.shape(config.model)
 report, program = aot.compile_step(
     config.model, config.train, config.optim, shape, config.data.batch_rows, "v5p-256")
 found = set(re.findall(r"\\b(?:pred|[a-z]+\\d+)\\[([\\d,]+)\\]", program))
-print(json.dumps([compile.as_dict(report), shape["T"], [list(map(int, one.split(","))) for one in found]]))
+print(json.dumps([compile.as_dict(report), shape.T, [list(map(int, one.split(","))) for one in found]]))
 """
 
 
@@ -61,11 +62,11 @@ def eight_b():
 def test_the_8b_fine_tuning_step_of_the_recipe_fits_on_128_chips(eight_b):
     report = eight_b[0]
     assert report["chips"] == 128 and report["mesh"] == {"data": 8, "fsdp": 16, "tensor": 1, "context": 1}
-    assert report["headroom"] > 0 and report["peak"] < 40 * aot.GIB  # 28.4 measured
+    assert report["headroom"] > 0 and report["peak"] < 40 * chips.GIB  # 28.4 measured
     assert report["mfu_bound"] > 0.6 and report["bounded_by"] == "compute"
-    assert report["collectives"]["ici all-gather"] > 20 * aot.GIB  # weights, layer by layer
+    assert report["collectives"]["ici all-gather"] > 20 * chips.GIB  # weights, layer by layer
     # Sums of the head's gradient and of gradients over data; a weight gathered by sums would add 30 GiB.
-    assert report["collectives"]["ici all-reduce"] < 12 * aot.GIB
+    assert report["collectives"]["ici all-reduce"] < 12 * chips.GIB
     assert report["collectives"].get("ici " + hlo.GATHER_BY_SUM, 0) < SMALLEST_KERNEL
 
 
@@ -92,7 +93,7 @@ two_slices = compile.compile_one(waiting, "v5e:2x2", slices=2)
 def one(mesh, remat):
     train = dataclasses.replace(config.train, remat=remat, vision_remat="dots")
     return compile.compile_one(dataclasses.replace(config, train=train, mesh=mesh), "v6e:2x4")
-meshes = aot_fit.candidates(8, shape["T"], 8)
+meshes = aot_fit.candidates(8, shape.T, 8)
 fitted = aot_fit.search(one, meshes[1:], tries=1, seconds=600, say=said.append)
 answers = aot_generate.compile_answers(config.model, shape, "v6e:1x1", new_tokens=8, dtype="bfloat16")
 print(json.dumps([said, *map(compile.as_dict, (two_slices, fitted, answers))]))
@@ -140,14 +141,14 @@ def test_a_search_compiles_what_may_fit_and_says_so(nano):
     said, report = nano[0], nano[2]
     assert len(said) == 1 and "remat 'full'" in said[0] and "GiB left" in said[0]
     assert (report["remat"], report["vision_remat"]) == ("full", "dots")
-    assert report["chips"] == 8 and report["mesh"]["context"] == 2 and report["headroom"] > 25 * aot.GIB
+    assert report["chips"] == 8 and report["mesh"]["context"] == 2 and report["headroom"] > 25 * chips.GIB
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_answering_compiles_for_one_chip(nano):
     report, text = nano[3], nano[4]
-    assert report["topology"] == "v6e:1x1" and report["headroom"] > 25 * aot.GIB
+    assert report["topology"] == "v6e:1x1" and report["headroom"] > 25 * chips.GIB
     assert min(report["prefill_peak"], report["decode_peak"]) > report["parameters"] > 0
     # keys and values, bfloat16, of 3 layers with 2 heads of 32
     assert report["memory"] == 2 * 2 * 3 * 2 * 32 * (report["prompt_tokens"] + report["new_tokens"])
@@ -155,7 +156,7 @@ def test_answering_compiles_for_one_chip(nano):
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would_help():
-    error = aot.DoesNotFit(40 * aot.GIB, 31.25 * aot.GIB, ["context = 2", "a larger slice"])
+    error = aot.DoesNotFit(40 * chips.GIB, 31.25 * chips.GIB, ["context = 2", "a larger slice"])
     assert str(error) == ("a step must fit into 31.2 GiB per chip; it needs 40.0 GiB, 8.8 too many; "
                           "what may help: context = 2; a larger slice")
     assert error.hints == ["context = 2", "a larger slice"]

@@ -6,6 +6,7 @@ import pytest
 
 from molmo2_jax import aot
 from molmo2_jax import aot_fit
+from molmo2_jax import chips as chips_lib
 from molmo2_jax import sharding
 
 MESHES = [sharding.MeshConfig(data=8, fsdp=16), sharding.MeshConfig(data=4, fsdp=32)]
@@ -19,8 +20,8 @@ def compiler(sizes):
         asked.append((mesh.fsdp, remat))
         needed = sizes[mesh.fsdp, remat]
         if needed > 30:
-            raise aot.DoesNotFit(needed * aot.GIB, 30 * aot.GIB, [])
-        return types.SimpleNamespace(seconds_bound=100 - needed, headroom=(30 - needed) * aot.GIB,
+            raise aot.DoesNotFit(needed * chips_lib.GIB, 30 * chips_lib.GIB, [])
+        return types.SimpleNamespace(seconds_bound=100 - needed, headroom=(30 - needed) * chips_lib.GIB,
                                      fsdp=mesh.fsdp, remat=remat)
 
     return compile_one, asked

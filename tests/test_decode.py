@@ -64,8 +64,7 @@ def prompt_tree(config, seed: int, num_frames: int, questions: tuple[int, ...]) 
 
 
 def row(config, sequence: types.Sequence, T=64) -> types.Batch:
-    shape = (config.vision.num_patches, config.vision.patch_values)
-    return packing.join([sequence], T=T, M=4, R=20, W=9, patch_shape=shape)
+    return packing.join([sequence], types.RowShape(T=T, M=4, R=20, W=9), config.vision.patch_shape)
 
 
 def ends_of(sequence: types.Sequence, num_questions: int) -> list[int]:

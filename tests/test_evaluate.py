@@ -26,10 +26,11 @@ class Echo:
         length, zeros = media.sizes[0][0], np.zeros(1, np.int32)
         tree = types.Sequence(np.zeros(length, np.int32), zeros, zeros, zeros, zeros, zeros,
                               np.zeros((2, 1, 1), np.uint8), np.zeros((4, 1), np.int32))
-        return generate.Prompt(tree, (0,) * len(questions), tuple(questions), media, read_seconds)
+        shape = generate.PromptShape.of(tree, len(questions), 1)
+        return generate.Prompt(tree, (0,) * len(questions), tuple(questions), media, shape, read_seconds)
 
     def run(self, prompts, shape, rows, draws):
-        assert all(shape.covers(generate.shape_of(prompt)) for prompt in prompts) and len(prompts) <= rows
+        assert all(shape.covers(prompt.shape) for prompt in prompts) and len(prompts) <= rows
         self.shapes.add(shape)
         self.calls.append((shape, len(prompts)))
         for prompt, draw in zip(prompts, draws):
@@ -86,13 +87,15 @@ def test_broken_examples_are_counted_or_end_the_evaluation():
 def test_the_largest_examples_come_first_and_set_the_compiled_size():
     echo = Echo()
     evaluate.evaluate(echo, examples(*[300, 310, 1000, 320, 1100, 290] * 4), ask, count, rows=4, title=None)
-    tokens = [shape.T for shape, _ in echo.calls]
+    tokens = [shape.row.T for shape, _ in echo.calls]
     assert tokens == sorted(tokens, reverse=True)
-    assert {shape.T for shape, _ in echo.calls} == {1536, 384}  # 384 is less than half of 1536
+    assert {shape.row.T for shape, _ in echo.calls} == {1536, 384}  # 384 is less than half of 1536
 
 
 def test_a_compiled_size_is_used_again_unless_it_wastes_too_much():
-    shape = generate.Shape
+    def shape(T, M, R, Q):
+        return generate.PromptShape(types.RowShape(T, M, R, 9), Q)
+
     big, small = shape(1024, 16, 256, 8), shape(512, 16, 128, 8)
     assert evaluate.choose_shape(shape(384, 12, 96, 4), {big, small}) == small
     assert evaluate.choose_shape(shape(768, 8, 128, 4), {big, small}) == big

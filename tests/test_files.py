@@ -54,6 +54,19 @@ def test_paths_here_become_absolute_and_others_stay(monkeypatch, tmp_path):
     assert files.is_remote("gs://bucket") and not files.is_remote("/tmp/a")
 
 
+@pytest.mark.parametrize("place", ["here", "bucket"])
+def test_a_file_appears_whole_or_not_at_all(place, tmp_path, bucket):
+    folder = files.path(tmp_path if place == "here" else bucket) / "new"
+    with files.whole(folder / "a.txt") as file:
+        file.write("one é\n")
+        assert not (folder / "a.txt").exists()
+    with pytest.raises(KeyboardInterrupt), files.whole(folder / "a.txt") as file:
+        file.write("two")
+        raise KeyboardInterrupt
+    assert (folder / "a.txt").read_text() == "one é\n"
+    assert [path.name for path in folder.iterdir()] == ["a.txt"]
+
+
 def test_metrics_in_a_bucket_are_copied_and_go_on(bucket):
     writer = metrics.Writer(bucket, 1)
     for step in (1, 2, 3):

@@ -6,6 +6,7 @@ import pytest
 from molmo2_jax import config as config_lib
 from molmo2_jax import flops
 from molmo2_jax import loss
+from molmo2_jax import types
 from molmo2_jax.model import molmo2
 from tests import packs
 
@@ -18,7 +19,7 @@ MODEL = config_lib.Molmo2Config(
     text=config_lib.TextConfig(vocab_size=512, width=192, num_layers=1, num_heads=6, num_kv_heads=2,
                                head_dim=32, mlp_width=512, max_positions=256))
 B, T, M, R, W = 2, 128, 4, 32, 9
-SHAPE = dict(rows=B, T=T, M=M, R=R, W=W, density=1.0)
+SHAPE = dict(rows=B, shape=types.RowShape(T=T, M=M, R=R, W=W), density=1.0)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from molmo2_jax import generate
 from molmo2_jax import state
 from molmo2_jax import types
 from molmo2_jax.hf import checkpoint as hf_checkpoint
-from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.model import molmo2
 
@@ -28,7 +27,8 @@ CONFIG = dataclasses.replace(
     text=dataclasses.replace(NANO.text, num_layers=2, width=32, head_dim=8, mlp_width=64, max_positions=600))
 INPUTS = config_lib.InputConfig(max_crops=2, max_frames=6, overlap_margins=(1, 1))
 NEW = 12
-SHAPE = generate.Shape(T=384, M=8, R=256, Q=3)  # one compiled program for most tests
+# One compiled program for most tests.
+SHAPE = generate.PromptShape(types.RowShape(T=384, M=8, R=256, W=9), Q=3)
 
 
 @functools.lru_cache
@@ -84,20 +84,6 @@ def run(*pairs):
 def same(answer, other):
     assert answer.text == other.text and answer.new_tokens == other.new_tokens
     assert abs(answer.logprob - other.logprob) < LOGPROB_TOLERANCE
-
-
-def test_a_tree_of_questions_holds_each_as_it_stands_alone(tmp_path):
-    crops, _ = answerer().see(example(video=write_video(tmp_path / "a.mp4")))
-    questions = [generate.Question(turns=("Where is it?",)),
-                 generate.Question(turns=("How many?", "2", "Which colours?"))]
-    tree, last = generate.question_tree(crops, questions, tokenizer())
-    for number, question in enumerate(questions):
-        alone = sequences.build(crops, [types.Branch(turns=question.turns)], tokenizer())
-        keep = (tree.branch == -1) | (tree.branch == number)
-        for field in ("tokens", "positions", "image"):
-            np.testing.assert_array_equal(getattr(tree, field)[keep], getattr(alone, field))
-        assert last[number] == np.flatnonzero(keep)[-1]
-    assert (tree.branch == -1).sum() == 1 + len(crops.tokens)
 
 
 def test_questions_share_the_media_and_get_the_answers_they_get_alone(tmp_path):
@@ -231,8 +217,9 @@ def test_clips_of_similar_size_share_one_compilation(tmp_path):
 
 
 def test_sizes_are_rounded_to_two_steps_per_octave():
-    assert [generate.round_up(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 13)] == [0, 1, 2, 3, 4, 6, 6, 8, 12, 16]
-    assert [generate.round_up(n, 128) for n in (1, 128, 129, 193, 300, 700)] == [128, 128, 192, 256, 384, 768]
+    size = generate.coarse_size
+    assert [size(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 13)] == [0, 1, 2, 3, 4, 6, 6, 8, 12, 16]
+    assert [size(n, 128) for n in (1, 128, 129, 193, 300, 700)] == [128, 128, 192, 256, 384, 768]
 
 
 def test_a_hugging_face_folder_gives_the_same_answers(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from molmo2_jax import chips
 from molmo2_jax import flops
 from molmo2_jax import throughput
+from molmo2_jax import types as molmo2_types
 from tests import packs
 from tests import tiny
 
@@ -24,7 +25,8 @@ def test_a_full_row_is_a_full_step():
     batch = tiny.batch(0)
     full = batch._replace(example=np.zeros_like(batch.example), pooled=np.full_like(
         batch.pooled, tiny.M * batch.patches.shape[2] - 1))
-    wanted = flops.train_step(tiny.MODEL, rows=tiny.B, T=tiny.T, M=tiny.M, R=tiny.R, W=batch.pooled.shape[-1])
+    shape = molmo2_types.RowShape(T=tiny.T, M=tiny.M, R=tiny.R, W=batch.pooled.shape[-1])
+    wanted = flops.train_step(tiny.MODEL, rows=tiny.B, shape=shape)
     assert throughput.batch_flops(tiny.MODEL, full) == wanted.total
 
 

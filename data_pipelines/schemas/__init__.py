@@ -20,6 +20,7 @@ from data_pipelines.schemas import answering
 from data_pipelines.schemas import media
 from data_pipelines.schemas import pointing
 from data_pipelines.schemas import tracking
+from molmo2_jax import files
 
 Row = dict[str, Any]
 Record = dict[str, Any]
@@ -96,17 +97,14 @@ def convert(schema: str, rows: Iterable[Row | ValueError], folder: str | os.Path
     if "media_folder" in how:  # is meant within the folder
         how = how | {"media_folder": folder / how["media_folder"]}
     make = functools.partial(SCHEMAS[schema].records, **how)
-    part = folder / "annotations.jsonl.part"
-    with open(part, "w", encoding="utf-8") as file:
+    with files.whole(folder / "annotations.jsonl") as file:
         for group in _groups(schema, rows, errors, unfit):
             for record in _admitted(_records(make, group, schema, unfit), exclude, errors):
                 for kept in _checked(record, folder, errors):
                     file.write(json.dumps(kept, ensure_ascii=False) + "\n")
                     number += 1
-    if unfit and not number and not errors:
-        part.unlink()
-        raise unfit[0]
-    os.replace(part, folder / "annotations.jsonl")
+        if unfit and not number and not errors:
+            raise unfit[0]
     return number, unfit + errors
 
 

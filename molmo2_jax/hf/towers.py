@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from molmo2_jax import config as config_lib
 from molmo2_jax import state
@@ -118,11 +117,10 @@ def assemble(text: str | pathlib.Path, vision: str | pathlib.Path, config: confi
         raise ValueError(f"the towers of this model must be {wanted!r} and 'siglip2'; got {kinds}")
     flat = import_tower(text, kinds[0], config) | import_tower(vision, kinds[1], config)
     model = molmo2.Molmo2(config)
-    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.smallest_batch(model))
 
     @jax.jit
     def rest(key):  # what is drawn for the towers is unused, so it is never computed
-        drawn = weights.flatten(model.init(key, batch)["params"])
+        drawn = weights.flatten(state.init_params(model, key))
         return {path: value for path, value in drawn.items() if path not in flat}
 
     return weights.unflatten(flat | rest(jax.random.key(seed)))

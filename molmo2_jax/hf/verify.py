@@ -313,8 +313,8 @@ def our_logits(params: Mapping[str, Any], config: config_lib.Molmo2Config, group
     """Returns float32[T, V] logits of each sequence in float32."""
     T, M, R = (max(len(getattr(one, name)) for one in group) for name in ("tokens", "patches", "pooled"))
     W = max(one.pooled.shape[-1] for one in group)
-    shape = (config.vision.num_patches, config.vision.patch_values)
-    batch = packing.stack([packing.join([one], T=T, M=M, R=R, W=W, patch_shape=shape) for one in group])
+    shape = types.RowShape(T=T, M=M, R=R, W=W)
+    batch = packing.stack([packing.join([one], shape, config.vision.patch_shape) for one in group])
     rows = jax.jit(molmo2.Molmo2(config, remat="none").apply)({"params": params}, batch)
     return [np.asarray(row[:len(one.tokens)]) for row, one in zip(rows, group)]
 

@@ -19,11 +19,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-import jax
+import flax.linen as nn
 import numpy as np
+from flax import traverse_util
 
 from molmo2_jax import config as config_lib
-from molmo2_jax import types
+from molmo2_jax import state
 from molmo2_jax.model import molmo2
 
 # linear: [in, *out] against [out, in]. merge: [heads, head_dim, out] against [out, in]. vector: flattened.
@@ -182,16 +183,8 @@ def entries(config: config_lib.Molmo2Config, spelling: Spelling) -> Iterator[Ent
 
 
 @functools.lru_cache(maxsize=16)
-def _abstract(config: config_lib.Molmo2Config) -> tuple[tuple[str, Any], ...]:
-    v = config.vision
-    tokens = np.zeros((1, 1), np.int32)
-    batch = types.Batch(
-        *[tokens] * 9, patches=np.zeros((1, 1, v.num_patches, v.patch_values), np.uint8),
-        pooled=np.zeros((1, 1, math.prod(config.connector.video_window)), np.int32))
-    model = molmo2.Molmo2(config, attention="dense")
-    tree = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "names"))
-    return tuple(("/".join(key.key for key in keys), leaf) for keys, leaf in flat)
+def _boxed_params(config: config_lib.Molmo2Config) -> dict[str, Any]:
+    return state.boxed_params(molmo2.Molmo2(config, attention="dense"))
 
 
 def abstract_params(config: config_lib.Molmo2Config, boxed: bool = False) -> dict[str, Any]:
@@ -199,8 +192,8 @@ def abstract_params(config: config_lib.Molmo2Config, boxed: bool = False) -> dic
 
     With `boxed`, values are flax's boxes around them, whose `names` are the logical axes.
     """
-    return {path: leaf if boxed or not hasattr(leaf, "names") else leaf.value
-            for path, leaf in _abstract(config)}
+    tree = _boxed_params(config)
+    return traverse_util.flatten_dict(tree, sep="/") if boxed else flatten(tree)
 
 
 def rows(shape: tuple[int, ...], layout: Layout) -> int:
@@ -241,22 +234,9 @@ def from_torch(x: np.ndarray, shape: tuple[int, ...], layout: Layout) -> np.ndar
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the nested parameter tree of {path: array}."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {path: array} of a nested parameter tree; flax boxes are opened."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = getattr(value, "value", value) if hasattr(value, "names") else value
-    return flat
+    return traverse_util.flatten_dict(nn.meta.unbox(tree), sep="/")

@@ -238,14 +238,3 @@ def _edit_distance(first: str, second: str) -> int:
                                previous[column - 1] + (one != other)))
         previous = current
     return previous[-1]
-
-
-def starts_with_letter(text: str, answer: str) -> bool:
-    """Returns whether a prediction begins with the first letter of the answer, in any case (MVBench)."""
-    return bool(answer) and text.lower().startswith(answer[0].lower())
-
-
-def first_letter(text: str, letters: str = "ABCD") -> str | None:
-    """Returns the first stand-alone capital among `letters`, or None (PerceptionTest)."""
-    found = re.search(rf"\b([{re.escape(letters)}])\b", text)
-    return found.group(1) if found else None

@@ -229,17 +229,6 @@ def _tokens_across(size: int, window: int) -> int:
     return math.ceil(size / window)
 
 
-def tokens_per_frame(config: configs.Molmo2Config) -> int:
-    """Returns how many visual tokens pool one video frame, markers and time text not counted."""
-    return math.prod(_tokens_across(config.vision.grid, q) for q in config.connector.video_window)
-
-
-def most_crops(inputs: configs.InputConfig, *, images: int = 0, frames: int = 0,
-               high_res: bool = False) -> int:
-    """Returns the most crops that so many stills and video frames can take, overviews included."""
-    return images * (1 + (inputs.high_res_crops if high_res else inputs.max_crops)) + frames
-
-
 @functools.lru_cache(maxsize=256)
 def _image_layout(tiles, config, inputs) -> tuple[np.ndarray, np.ndarray]:
     """Returns of one image int32[R, W] pooled patch ids and int32[T] tokens (read only, shared)."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from molmo2_jax import config
 from molmo2_jax import types
 
 _WIDENING = 1.5  # of the tolerances, where no good row was found
@@ -59,7 +60,7 @@ class Knapsack:
     emit_full_crops_alone: bool = False
 
     def __post_init__(self):
-        _require(self.buffer >= 1, "buffer must be >= 1 sequence", self.buffer)
+        config.require(self.buffer >= 1, "buffer must be >= 1 sequence", self.buffer)
 
     def stands_alone(self, tokens: int, crops: int, max_tokens: int, max_crops: int) -> bool:
         """Returns whether a sequence is a row of its own and need not wait."""
@@ -105,11 +106,11 @@ class OldestFirst:
     steps: int = 512
 
     def __post_init__(self):
-        _require(self.buffer >= 1, "buffer must be >= 1 sequence", self.buffer)
-        _require(self.max_wait >= 0, "max_wait must be >= 0 rows", self.max_wait)
-        _require(0 < self.waste <= 1 and 0 <= self.slack <= 1, "waste must lie in (0, 1] and slack in [0, 1]",
-                 (self.waste, self.slack))
-        _require(self.steps >= 1, "steps must be >= 1", self.steps)
+        config.require(self.buffer >= 1, "buffer must be >= 1 sequence", self.buffer)
+        config.require(self.max_wait >= 0, "max_wait must be >= 0 rows", self.max_wait)
+        config.require(0 < self.waste <= 1 and 0 <= self.slack <= 1,
+                       "waste must lie in (0, 1] and slack in [0, 1]", (self.waste, self.slack))
+        config.require(self.steps >= 1, "steps must be >= 1", self.steps)
 
     def stands_alone(self, tokens: int, crops: int, max_tokens: int, max_crops: int) -> bool:
         """Returns whether a sequence is a row of its own and need not wait."""
@@ -158,11 +159,6 @@ class OldestFirst:
         hits = reached & goal
         left = (hits & -hits).bit_length() - 1  # fewest tokens, then fewest crops
         return list(range(first)) + _trace(left, full, before, costs, first)
-
-
-def _require(is_right: bool, rule: str, value) -> None:
-    if not is_right:
-        raise ValueError(f"{rule}; got {value!r}")
 
 
 def _fills(tokens: int, max_tokens: int, step: int) -> bool:
@@ -223,8 +219,8 @@ class Packer:
 
     def __init__(self, rule: Rule, max_tokens: int, max_crops: int,
                  max_pooled: int | None = None):
-        _require(max_tokens >= 1 and max_crops >= 0, "max_tokens must be >= 1 and max_crops >= 0",
-                 (max_tokens, max_crops))
+        config.require(max_tokens >= 1 and max_crops >= 0, "max_tokens must be >= 1 and max_crops >= 0",
+                       (max_tokens, max_crops))
         self._rule, self._max_tokens, self._max_crops = rule, max_tokens, max_crops
         self._max_pooled = max_tokens if max_pooled is None else max_pooled
         self._waiting: Pack = []

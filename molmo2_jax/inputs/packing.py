@@ -12,7 +12,7 @@ import numpy as np
 from molmo2_jax import types
 
 
-def join(sequences: Listing[types.Sequence], *, T: int, M: int, R: int, W: int,
+def join(sequences: Listing[types.Sequence], shape: types.RowShape,
          patch_shape: tuple[int, int] | None = None) -> types.Batch:
     """Returns a Batch of one row (B = 1) that holds the sequences one behind the other, then padding.
 
@@ -24,7 +24,7 @@ def join(sequences: Listing[types.Sequence], *, T: int, M: int, R: int, W: int,
     used = {"T": sum(len(one.tokens) for one in sequences), "M": sum(len(one.patches) for one in sequences),
             "R": sum(len(one.pooled) for one in sequences),
             "W": max((one.pooled.shape[1] for one in sequences if len(one.pooled)), default=0)}
-    limits = {"T": T, "M": M, "R": R, "W": W}
+    limits = shape._asdict()
     over = [f"{name} = {used[name]} of {limits[name]}" for name in limits if used[name] > limits[name]]
     if over:
         raise ValueError(f"sequences must fit the row; got {', '.join(over)}")
@@ -33,7 +33,7 @@ def join(sequences: Listing[types.Sequence], *, T: int, M: int, R: int, W: int,
     if len(shapes) != 1:
         raise ValueError("the patches of a row must have one shape (P, C), given by patch_shape if no "
                          f"sequence has crops; got {sorted(shapes)}")
-    row = _empty_row(T, M, R, W, *shapes.pop())
+    row = _empty_row(shape, shapes.pop())
     state = {"token": 0, "crop": 0, "pooled": 0, "group": 0, "image": 0}
     for number, one in enumerate(sequences):
         _place(row, one, number, state)
@@ -42,12 +42,13 @@ def join(sequences: Listing[types.Sequence], *, T: int, M: int, R: int, W: int,
     return batch
 
 
-def _empty_row(T: int, M: int, R: int, W: int, P: int, C: int) -> dict[str, np.ndarray]:
-    zeros = {name: np.zeros(T, np.int32) for name in ("tokens", "targets", "positions")}
-    absent = {name: np.full(T, -1, np.int32) for name in ("group", "image", "example", "branch")}
-    return zeros | absent | {
-        "weights": np.zeros(T, np.float32), "end": np.arange(1, T + 1, dtype=np.int32),
-        "patches": np.zeros((M, P, C), np.uint8), "pooled": np.full((R, W), -1, np.int32)}
+def _empty_row(shape: types.RowShape, patch_shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Returns the fields of a row of padding, without the axis of rows."""
+    absent = dict.fromkeys(("group", "image", "example", "branch", "pooled"), -1)
+    row = {name: np.full(spec.shape[1:], absent.get(name, 0), spec.dtype)
+           for name, spec in types.batch_shapes(1, shape, patch_shape)._asdict().items()}
+    row["end"] += np.arange(1, shape.T + 1, dtype=np.int32)
+    return row
 
 
 def _place(row: dict[str, np.ndarray], one: types.Sequence, number: int, state: dict[str, int]) -> None:

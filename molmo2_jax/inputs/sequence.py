@@ -53,11 +53,7 @@ def build(crops: types.Crops | None, branches: Listing[types.Branch], tokenizer:
     """
     if not branches:
         raise ValueError("a sequence must have at least one branch; got none")
-    crops = NO_CROPS if crops is None else crops
-    patches = int(np.sum(crops.tokens == tokenizer.special["<im_patch>"]))
-    if patches != len(crops.pooled):
-        raise ValueError(f"crops must have one pooled row per <im_patch> token, {patches}; "
-                         f"got {len(crops.pooled)}")
+    crops = _checked(crops, tokenizer)
     if len(branches) == 1:
         return _conversation(crops, branches[0], tokenizer, length_factor)
     for number, branch in enumerate(branches):
@@ -66,6 +62,38 @@ def build(crops: types.Crops | None, branches: Listing[types.Branch], tokenizer:
                              f"got {len(branch.turns)} turns in branch {number}")
     encoded = _admit(branches, tokenizer, len(crops.tokens), max_tokens, max_text_tokens)
     return _tree(crops, encoded, tokenizer, length_factor)
+
+
+def ask(crops: types.Crops | None, conversations: Listing[Listing[str]], tokenizer: tokenizers.Tokenizer
+        ) -> tuple[types.Sequence, tuple[int, ...]]:
+    """Returns (a tree with one branch per conversation, the position in it of each one's last token).
+
+    A conversation has an odd number of turns: it asks for the next one. Each branch holds the tokens and
+    positions that the conversation has in a sequence of its own; targets and weights are 0.
+
+    Raises:
+      ValueError: there is no conversation, or one has an even number of turns or holds special tokens; or
+        crops whose `<im_patch>` tokens and pooled rows differ in number.
+    """
+    if not conversations:
+        raise ValueError("at least one question is needed; got none")
+    for turns in conversations:
+        if len(turns) % 2 == 0:
+            raise ValueError(f"a question must have an odd number of turns; got {len(turns)}")
+    branches = [_encode(types.Branch(turns=tuple(turns)), tokenizer).ids for turns in conversations]
+    tree = _lay_out(_checked(crops, tokenizer), branches, tokenizer)
+    ends = len(tree.tokens) - sum(map(len, branches)) + np.cumsum([len(ids) for ids in branches])
+    return tree, tuple(int(end) - 1 for end in ends)
+
+
+def _checked(crops: types.Crops | None, tokenizer: tokenizers.Tokenizer) -> types.Crops:
+    """Returns the crops, NO_CROPS for None; ValueError unless visual tokens and pooled rows are as many."""
+    crops = NO_CROPS if crops is None else crops
+    patches = int(np.sum(crops.tokens == tokenizer.special["<im_patch>"]))
+    if patches != len(crops.pooled):
+        raise ValueError(f"crops must have one pooled row per <im_patch> token, {patches}; "
+                         f"got {len(crops.pooled)}")
+    return crops
 
 
 def _encode(branch: types.Branch, tokenizer: tokenizers.Tokenizer) -> _Encoded:
@@ -105,49 +133,43 @@ def _admit(branches, tokenizer, num_visual: int, max_tokens, max_text_tokens) ->
 
 def _conversation(crops: types.Crops, branch: types.Branch, tokenizer, length_factor) -> types.Sequence:
     encoded = _encode(branch, tokenizer)
-    tokens = np.concatenate([[tokenizer.bos_id], crops.tokens, encoded.ids]).astype(np.int32)
+    flat = _lay_out(crops, [encoded.ids], tokenizer)
+    flat = dataclasses.replace(flat, branch=np.full_like(flat.branch, -1))
     if len(branch.turns) % 2:
-        targets, weights = np.zeros_like(tokens), np.zeros(len(tokens), np.float32)
-    else:
-        targets = np.append(tokens[1:], np.int32(tokenizer.eos_id))
-        is_learnt = np.zeros(len(tokens), bool)
-        is_learnt[len(tokens) - len(encoded.ids) - 1:-1] = encoded.is_learnt
-        is_learnt[-1] = True  # EOS
-        # a tree counts the tokens before its EOS, a conversation counts EOS as well (as the reference)
-        weights = is_learnt * np.float32(_weight(branch.weight, int(is_learnt.sum()), 1, length_factor))
-    return types.Sequence(
-        tokens=tokens, targets=targets, weights=weights.astype(np.float32),
-        positions=np.arange(len(tokens), dtype=np.int32), branch=np.full(len(tokens), -1, np.int32),
-        image=_image(crops, len(tokens)), patches=crops.patches, pooled=crops.pooled)
+        return flat
+    is_learnt = np.zeros(len(flat.tokens), bool)
+    is_learnt[len(flat.tokens) - len(encoded.ids) - 1:-1] = encoded.is_learnt
+    is_learnt[-1] = True  # EOS
+    # a tree counts the tokens before its EOS, a conversation counts EOS as well (as the reference)
+    weights = is_learnt * np.float32(_weight(branch.weight, int(is_learnt.sum()), 1, length_factor))
+    return dataclasses.replace(flat, targets=np.append(flat.tokens[1:], np.int32(tokenizer.eos_id)),
+                               weights=weights.astype(np.float32))
 
 
 def _tree(crops: types.Crops, branches: list[_Encoded], tokenizer, length_factor) -> types.Sequence:
-    root = np.concatenate([[tokenizer.bos_id], crops.tokens])
-    first = branches[0].ids[:1]
-    tokens, targets = [root], [root[1:], first]
-    weights = [np.zeros(len(root))]
-    positions, branch_ids = [np.arange(len(root))], [np.full(len(root), -1)]
-    for number, branch in enumerate(branches):
-        length = len(branch.ids)
+    targets = [crops.tokens, branches[0].ids[:1]]
+    weights = [np.zeros(1 + len(crops.tokens))]
+    for branch in branches:
         weight = _weight(branch.weight, int(branch.is_learnt.sum()), len(branches), length_factor)
-        tokens.append(branch.ids)
         targets += [branch.ids[1:], [tokenizer.eos_id]]
         weights.append(np.append(branch.is_learnt[1:], True) * np.float32(weight))
-        positions.append(np.arange(len(root), len(root) + length))
-        branch_ids.append(np.full(length, number))
-    tokens = np.concatenate(tokens).astype(np.int32)
-    return types.Sequence(
-        tokens=tokens, targets=np.concatenate(targets).astype(np.int32),
-        weights=np.concatenate(weights).astype(np.float32),
-        positions=np.concatenate(positions).astype(np.int32),
-        branch=np.concatenate(branch_ids).astype(np.int32),
-        image=_image(crops, len(tokens)), patches=crops.patches, pooled=crops.pooled)
+    return dataclasses.replace(_lay_out(crops, [branch.ids for branch in branches], tokenizer),
+                               targets=np.concatenate(targets).astype(np.int32),
+                               weights=np.concatenate(weights).astype(np.float32))
 
 
-def _image(crops: types.Crops, num_tokens: int) -> np.ndarray:
-    image = np.full(num_tokens, -1, np.int32)
+def _lay_out(crops: types.Crops, branches: Listing[np.ndarray], tokenizer) -> types.Sequence:
+    """Returns the tree of a visual input and the ids of its branches, without targets and weights."""
+    root, lengths = 1 + len(crops.tokens), [len(ids) for ids in branches]
+    tokens = np.concatenate([[tokenizer.bos_id], crops.tokens, *branches]).astype(np.int32)
+    positions = np.concatenate([np.arange(root), *(root + np.arange(length) for length in lengths)])
+    image = np.full(len(tokens), -1, np.int32)
     image[1:1 + len(crops.image)] = crops.image
-    return image
+    return types.Sequence(
+        tokens=tokens, targets=np.zeros_like(tokens), weights=np.zeros(len(tokens), np.float32),
+        positions=positions.astype(np.int32),
+        branch=np.repeat(np.arange(-1, len(branches), dtype=np.int32), [root, *lengths]),
+        image=image, patches=crops.patches, pooled=crops.pooled)
 
 
 def truncate(sequence: types.Sequence, max_tokens: int) -> types.Sequence:

@@ -53,14 +53,14 @@ class Pooling(nn.Module):
             return layers.Linear(shape, axes, num_in, use_bias=True, init_std=c.init_std, dtype=self.dtype,
                                  name=name)
 
-        windows, valid = gather_windows(features_BMPA, pooled_BRW)
-        windows = sharding.constrain(windows, "rows", "crops", None, None)
-        heads = (windows.shape[-1], c.num_heads, c.head_dim)
+        windows_BRWA, valid_BRW = gather_windows(features_BMPA, pooled_BRW)
+        windows_BRWA = sharding.constrain(windows_BRWA, "rows", "crops", None, None)
+        heads = (windows_BRWA.shape[-1], c.num_heads, c.head_dim)
         split = ("embed", "vision_heads", "head_dim")
-        q = linear("q", heads, split)(masked_mean(windows, valid))
-        k, v = linear("k", heads, split)(windows), linear("v", heads, split)(windows)
+        q_BRNH = linear("q", heads, split)(masked_mean(windows_BRWA, valid_BRW))
+        k_BRWNH, v_BRWNH = (linear(name, heads, split)(windows_BRWA) for name in ("k", "v"))
         return linear("o", (c.num_heads, c.head_dim, width), ("vision_heads", "head_dim", "embed"), 2)(
-            pool_attention(q, k, v, valid))
+            pool_attention(q_BRNH, k_BRWNH, v_BRWNH, valid_BRW))
 
 
 class Connector(nn.Module):

@@ -1,6 +1,6 @@
 """Pieces shared by the towers: pure functions first, modules that own their parameters after.
 
-B batch, T positions, N heads, H head width, D width; `...` any leading dimensions.
+B batch, T positions, N heads, H head width, h = H / 2, D width; `...` any leading dimensions.
 """
 
 import functools
@@ -151,6 +151,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """`rms_norm` with a scale of its own, which starts at 1."""
     size: int
     axis: str | None = "norm"
     eps: float = 1e-6
@@ -162,6 +163,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
+    """`layer_norm` with scale and bias of its own, which start at 1 and 0."""
     size: int
     eps: float = 1e-6
 
@@ -193,42 +195,110 @@ class SwiGLU(nn.Module):
         return linear("down", narrow, (self.mlp_axis, "embed"), self.out_std)(jax.nn.silu(gate) * up)
 
 
-def stacked_params(module: nn.Module, name: str, block: nn.Module, num_layers: int, *example):
-    """Returns the parameters of `num_layers` copies of `block`, stacked on a leading "layers" axis.
-
-    They belong to `module` under `name`; `example` is a small input that `block` accepts. Parameters that
-    were given as a list, one tree per layer (see decode.ready), are returned as that list.
-    """
-    given = module.get_variable("params", name)
-    if isinstance(given, list):
-        return given
-
-    def init(key):
-        keys = jax.random.split(key, num_layers)
-        stacked = jax.vmap(lambda k: block.init(k, *example)["params"])(keys)
-        return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
-    return module.param(name, init)
-
-
 def check_remat(name: str) -> None:
     """Raises ValueError unless this is the name of a policy."""
-    if name not in REMAT_POLICIES:
-        raise ValueError(f"remat must be one of {tuple(REMAT_POLICIES)}; got {name!r}")
+    config_lib.require(name in REMAT_POLICIES, f"remat must be one of {tuple(REMAT_POLICIES)}", name)
 
 
-def run_stack(body: Callable, carry, xs, remat: str):
-    """Scans `body(carry, x) -> (carry, y)` over the leading axis of `xs`, rematerialised by policy name.
+class Stack:
+    """The parameters of equal layers, and how the layers run one after the other.
 
-    A list `xs` is gone through unrolled, as it is, and `y` becomes a list. Without remat all activations are
-    kept anyway, and a loop would only copy them: the scan is unrolled.
+    Either one tree whose leaves have a leading axis of layers, over which a loop scans; or a list with one
+    tree per layer, unrolled in Python (see decode.ready). Only this class knows which. What the layers keep
+    has the same form: stacked, or a list.
     """
-    check_remat(remat)
-    if isinstance(xs, list):
-        ys = []
-        for x in xs:
-            carry, y = body(carry, x)
-            ys.append(y)
-        return carry, ys
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, carry, xs, unroll=remat == "none")
+
+    def __init__(self, params):
+        self._params = params
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str, block: nn.Module, num_layers: int, *example) -> "Stack":
+        """Returns the stack of `num_layers` copies of `block`, a parameter `name` of `module`.
+
+        `example` is a small input that `block` accepts. New parameters are stacked on an axis "layers".
+        """
+        def init(key):
+            keys = jax.random.split(key, num_layers)
+            stacked = jax.vmap(lambda k: block.init(k, *example)["params"])(keys)
+            return nn.meta.add_axis(stacked, 0, {nn.PARTITION_NAME: "layers"})
+        given = module.get_variable("params", name)
+        return cls(given if isinstance(given, list) else module.param(name, init))
+
+    def __len__(self) -> int:
+        return len(self._params if isinstance(self._params, list) else jax.tree.leaves(self._params)[0])
+
+    def __getitem__(self, part: slice) -> "Stack":
+        is_list = isinstance(self._params, list)
+        return Stack(self._params[part] if is_list else jax.tree.map(lambda leaf: leaf[part], self._params))
+
+    def unrolled(self) -> list:
+        """Returns the parameters as a list with one tree per layer."""
+        return [jax.tree.map(lambda leaf: leaf[number], self._params) for number in range(len(self))]
+
+    def run(self, body: Callable, x, per_layer=None, remat: str = "none", taps: tuple[int, ...] = ()):
+        """Returns (x after the last layer, what the layers keep, {tap: x after that layer}).
+
+        Without remat all activations are kept anyway, and a loop would only copy them: the scan is unrolled.
+        A list is not rematerialised. Of the layers' outputs only those of `taps` are kept.
+
+        Args:
+          body: (x, parameters of a layer, its part of `per_layer`) -> (x, what it keeps).
+          per_layer: a tree of arrays with a leading axis of layers.
+          remat: name of a policy, see REMAT_POLICIES.
+
+        Raises:
+          ValueError: no such policy, or no such layer.
+        """
+        check_remat(remat)
+        config_lib.require(all(0 <= tap < len(self) for tap in taps),
+                           f"taps must name layers 0 ... {len(self) - 1}", taps)
+        if isinstance(self._params, list):
+            kept, tapped = [], {}
+            for number, params in enumerate(self._params):
+                x, one = body(x, params, jax.tree.map(lambda leaf: leaf[number], per_layer))
+                kept.append(one)
+                tapped |= {number: x} if number in taps else {}
+            return x, kept, tapped
+        if remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+        def step(carry, layer):
+            (x, tapped), (is_tap, *given) = carry, layer
+            x, kept = body(x, *given)
+            return (x, tuple(jnp.where(now, x, before) for now, before in zip(is_tap, tapped))), kept
+
+        # Carried and replaced, not sliced out of the outputs of all layers, which would then be kept.
+        is_tap = tuple(np.arange(len(self)) == tap for tap in taps)
+        start = x, (jnp.zeros_like(x),) * len(taps)
+        given = is_tap, self._params, jax.tree.map(jnp.asarray, per_layer)
+        (x, tapped), kept = jax.lax.scan(step, start, given, unroll=remat == "none")
+        return x, kept, dict(zip(taps, tapped))
+
+    def extend(self, body: Callable, x, per_layer, memory):
+        """Returns (x after the last layer, the memory with what the layers wrote).
+
+        Args:
+          body: (x, parameters of a layer, its part of `per_layer`, (read, written, place)) -> (x, written).
+            `written` has a leading axis of layers, of which the body writes at `place`.
+          memory: a NamedTuple (read, written) stacked over the layers, or a list with one per layer.
+        """
+        if isinstance(self._params, list):
+            kept = []
+            for number, (params, (read, written)) in enumerate(zip(self._params, memory, strict=True)):
+                given = jax.tree.map(lambda leaf: leaf[number], per_layer)
+                x, written = body(x, params, given, (read, written, 0))
+                kept.append(memory[number]._make((read, written)))
+            return x, kept
+
+        def step(carry, layer):
+            (x, written), (params, given, read, place) = carry, layer
+            return body(x, params, given, (read, written, place)), None
+
+        layers = self._params, jax.tree.map(jnp.asarray, per_layer), memory[0], jnp.arange(len(self))
+        (x, written), _ = jax.lax.scan(step, (x, memory[1]), layers, unroll=True)
+        return x, memory._make((memory[0], written))
+
+    @staticmethod
+    def map_kept(function: Callable, kept):
+        """Returns `function` of what layers kept: of all layers at once, or of each one's in a list."""
+        return [function(one) for one in kept] if isinstance(kept, list) else function(kept)

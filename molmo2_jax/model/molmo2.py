@@ -1,10 +1,12 @@
 """Molmo2: a ViT sees crops, a connector pools patches into visual tokens, a decoder reads them among text.
 
-B rows, T tokens, M crops, P patches, C values per patch, R visual tokens, W slots per window, D width,
-V base vocabulary.
+B rows, T tokens, M crops, P patches, C values per patch, A width of the ViT's tapped layers, R visual
+tokens, W slots per window, D width, V base vocabulary.
 
 Source: paper, figure 2 and section 3.1; reference: olmo/models/molmo2/molmo2.py.
 """
+
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,6 +32,13 @@ def merge(x_BTD, is_patch_BT, visual_BRD):
     placed_BTD = jnp.take_along_axis(visual_BRD, k_BT[..., None], axis=1, mode="clip")
     merged = x_BTD + jnp.where(is_patch_BT[..., None], placed_BTD, 0).astype(x_BTD.dtype)
     return sharding.constrain(merged, "rows", "length", None)
+
+
+class Inside(NamedTuple):
+    """Intermediate results of a forward pass; the visual ones are None in a text-only shape."""
+    features: jax.Array | None      # [B, M, P, A] what the ViT says of patches, before the connector
+    visual: jax.Array | None        # [B, R, D] visual tokens, after the connector
+    layers: dict[int, jax.Array]    # [B, T, D] after each tapped layer of the decoder
 
 
 class Molmo2(nn.Module):
@@ -71,19 +80,24 @@ class Molmo2(nn.Module):
 
     def embed(self, tokens_BT, patches_BMPC, pooled_BRW):
         """Returns [B, T, D] embeddings with the visual tokens added."""
+        return self._embed(tokens_BT, patches_BMPC, pooled_BRW)[0]
+
+    def _embed(self, tokens_BT, patches_BMPC, pooled_BRW):
+        """Returns (what `embed` does, [B, M, P, A] features or None, [B, R, D] visual tokens or None)."""
         x_BTD = self.embed_tokens(tokens_BT)
         if 0 in patches_BMPC.shape or 0 in pooled_BRW.shape:
-            return x_BTD  # a text-only shape
+            return x_BTD, None, None  # a text-only shape
         with jax.named_scope("vision"):
             features_BMPA = self.vision(patches_BMPC)
         with jax.named_scope("connector"):
             visual_BRD = self.connector(features_BMPA, pooled_BRW)
-        return merge(x_BTD, tokens_BT == self.config.special_id("<im_patch>"), visual_BRD)
+        x_BTD = merge(x_BTD, tokens_BT == self.config.special_id("<im_patch>"), visual_BRD)
+        return x_BTD, features_BMPA, visual_BRD
 
     def decode(self, x_BTD, positions_BT, mask, memory=None, drop_rate_BT=None, rng=None):
         """Returns ([B, T, D] hidden states after the final norm, text.Cache; text.Memory if given one)."""
         with jax.named_scope("decoder"):
-            return self.text(x_BTD, positions_BT, mask, memory, drop_rate_BT, rng)
+            return self.text(x_BTD, positions_BT, mask, memory, drop_rate_BT, rng)[:2]
 
     def head_kernel(self):
         """Returns float32[D, V]."""
@@ -98,11 +112,20 @@ class Molmo2(nn.Module):
         kernel_DV = self.head_kernel() if kernel_DV is None else kernel_DV
         return layers.contract(hidden_BTD.astype(self.dtype), kernel_DV, 1, axes).astype(jnp.float32)
 
-    def hidden(self, batch: types.Batch, drop_rate_BT=None, rng=None):
-        """Returns [B, T, D] hidden states of a packed batch, ready for `logits`."""
+    def hidden(self, batch: types.Batch, drop_rate_BT=None, rng=None, taps: tuple[int, ...] | None = None):
+        """Returns [B, T, D] hidden states of a packed batch, ready for `logits`.
+
+        With `taps`, layers of the decoder from 0, returns (hidden states, Inside); () taps no layer.
+
+        Raises:
+          ValueError: there is no such layer.
+        """
         mask = tree_mask.from_batch(batch, self.config.visual_attention)
-        x_BTD = self.embed(batch.tokens, batch.patches, batch.pooled)
-        return self.decode(x_BTD, batch.positions, mask, None, drop_rate_BT, rng)[0]
+        x_BTD, features_BMPA, visual_BRD = self._embed(batch.tokens, batch.patches, batch.pooled)
+        with jax.named_scope("decoder"):
+            hidden_BTD, _, tapped = self.text(x_BTD, batch.positions, mask, None, drop_rate_BT, rng,
+                                              taps or ())
+        return hidden_BTD if taps is None else (hidden_BTD, Inside(features_BMPA, visual_BRD, tapped))
 
     def __call__(self, batch: types.Batch):
         """Returns float32[B, T, V] logits of a packed batch."""

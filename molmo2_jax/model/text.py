@@ -1,7 +1,7 @@
 """The decoder: pre-norm with per-head q/k norm (Qwen3) or post-norm with full-width q/k norm (OLMo 3).
 
 B batch, T positions, Q answers that a row continues at once, S slots for their tokens, L layers, N query
-heads, K key heads, H head width, D width.
+heads, K key heads, H head width, h = H / 2, D width, F tables of rotary angles.
 
 The parameters of the layers are stacked and scanned over. For decoding they may also come as a list with
 one tree per layer (see decode.ready); then a Cache or Memory is a list with one per layer, too.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from molmo2_jax import config as config_lib
 from molmo2_jax import sharding
@@ -49,14 +50,20 @@ def rope_variants(config: config_lib.TextConfig):
     """Returns the distinct (inverse frequencies, factor) and, per layer, which of them it uses."""
     plain = (layers.inverse_frequencies(config.rope_theta, config.head_dim, None), 1.0)
     if config.yarn is None:
-        return [plain], [0] * config.num_layers
+        return [plain], np.zeros(config.num_layers, int)
     yarn = config.yarn
     scaled = (layers.inverse_frequencies(config.rope_theta, config.head_dim, yarn), yarn.attention_factor)
-    return [plain, scaled], [int(i in yarn.layers) for i in range(config.num_layers)]
+    return [plain, scaled], np.isin(np.arange(config.num_layers), yarn.layers).astype(int)
+
+
+def _example(config: config_lib.TextConfig):
+    """Returns the smallest input of a Block: one token that sees itself."""
+    dot, angle = (jnp.zeros((1, 1, size)) for size in (config.width, config.head_dim // 2))
+    return dot, angle, angle, tree_mask.TreeMask(jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), -1))
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention. Returns (output, (k, v)): the new keys and values.
+    """Grouped-query self-attention. Returns (output, Cache of the new keys and values).
 
     With `memory` (prompt Cache of this layer, answers Cache of all layers, number of this layer), T is Q,
     the mask is a Step, and the new answers Cache is returned.
@@ -66,7 +73,7 @@ class Attention(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, cos, sin, mask, memory=None):
+    def __call__(self, x_BTD, cos_BTh, sin_BTh, mask, memory=None):
         c = self.config
 
         def project(name, num_heads, axis):
@@ -80,18 +87,20 @@ class Attention(nn.Module):
             normed = layers.RMSNorm(flat.shape[-1], None, c.norm_eps, name=name)(flat)
             return normed.reshape(x_BTNH.shape)
 
-        q = layers.rotate(norm("q_norm", project("q", c.num_heads, "heads")), cos, sin)
-        k = layers.rotate(norm("k_norm", project("k", c.num_kv_heads, "kv_heads")), cos, sin)
-        v = project("v", c.num_kv_heads, "kv_heads")
+        q_BTNH = layers.rotate(norm("q_norm", project("q", c.num_heads, "heads")), cos_BTh, sin_BTh)
+        k_BTKH = layers.rotate(norm("k_norm", project("k", c.num_kv_heads, "kv_heads")), cos_BTh, sin_BTh)
+        v_BTKH = project("v", c.num_kv_heads, "kv_heads")
         if memory is None:
-            out = attend.attend(q, k, v, mask, self.implementation)
+            cache = Cache(k_BTKH, v_BTKH)
+            out_BTNH = attend.attend(q_BTNH, k_BTKH, v_BTKH, mask, self.implementation)
         else:
             prompt, written, layer = memory
-            k, v = answers.write(*written, k, v, layer, mask.slot)
-            out = answers.attend(q, *prompt, mask.seen_BQT, k[layer], v[layer], mask.slot)
-        out = layers.Linear((c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), 2,
-                            init_std=c.init_std, dtype=self.dtype, name="o")(out)
-        return out, (k, v)
+            cache = Cache(*answers.write(*written, k_BTKH, v_BTKH, layer, mask.slot))
+            out_BTNH = answers.attend(q_BTNH, *prompt, mask.seen_BQT, cache.k[layer], cache.v[layer],
+                                      mask.slot)
+        out_BTD = layers.Linear((c.num_heads, c.head_dim, c.width), ("heads", "head_dim", "embed"), 2,
+                                init_std=c.init_std, dtype=self.dtype, name="o")(out_BTNH)
+        return out_BTD, cache
 
 
 class Block(nn.Module):
@@ -101,7 +110,7 @@ class Block(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, cos, sin, mask, memory=None, drop_rate_BT=None, rng=None):
+    def __call__(self, x_BTD, cos_BTh, sin_BTh, mask, memory=None, drop_rate_BT=None, rng=None):
         c = self.config
         rngs = (None, None) if rng is None else jax.random.split(rng)
         std = c.init_std
@@ -112,19 +121,22 @@ class Block(nn.Module):
         mlp_norm = layers.RMSNorm(c.width, eps=c.norm_eps, name="mlp_norm")
 
         x_BTD = sharding.constrain(x_BTD, "rows", "length", None)
-        h, kv = attention(x_BTD if c.norm_after else attn_norm(x_BTD), cos, sin, mask, memory)
-        h = attn_norm(h) if c.norm_after else h
-        x_BTD = x_BTD + layers.dropout(h, drop_rate_BT, rngs[0])
-        h = mlp(x_BTD if c.norm_after else mlp_norm(x_BTD))
-        h = mlp_norm(h) if c.norm_after else h
-        return x_BTD + layers.dropout(h, drop_rate_BT, rngs[1]), kv
+        h_BTD, cache = attention(x_BTD if c.norm_after else attn_norm(x_BTD), cos_BTh, sin_BTh, mask, memory)
+        h_BTD = attn_norm(h_BTD) if c.norm_after else h_BTD
+        x_BTD = x_BTD + layers.dropout(h_BTD, drop_rate_BT, rngs[0])
+        h_BTD = mlp(x_BTD if c.norm_after else mlp_norm(x_BTD))
+        h_BTD = mlp_norm(h_BTD) if c.norm_after else h_BTD
+        return x_BTD + layers.dropout(h_BTD, drop_rate_BT, rngs[1]), cache
 
 
 class Decoder(nn.Module):
-    """[B, T, D] embeddings -> ([B, T, D] hidden states after the final norm, keys and values).
+    """[B, T, D] embeddings -> ([B, T, D] hidden states after the final norm, keys and values, taps).
 
     Without a memory the mask is a TreeMask, and the Cache of the T tokens is returned (unused, the compiler
     drops it). With a memory T is Q, the mask is a Step, and the Memory with the new tokens is returned.
+
+    taps: layers, from 0, whose outputs [B, T, D], before the final norm, are returned as {layer: output};
+      only without a memory.
     """
     config: config_lib.TextConfig
     dtype: str = "float32"
@@ -132,45 +144,26 @@ class Decoder(nn.Module):
     implementation: str | None = None
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT, mask, memory: Memory | None = None, drop_rate_BT=None, rng=None):
+    def __call__(self, x_BTD, positions_BT, mask, memory: Memory | None = None, drop_rate_BT=None, rng=None,
+                 taps: tuple[int, ...] = ()):
         c = self.config
         variants, of_layer = rope_variants(c)
         tables = [layers.rope_tables(positions_BT, *variant) for variant in variants]
-        cos_VBTh, sin_VBTh = (jnp.stack(x) for x in zip(*tables))
+        cos_FBTh, sin_FBTh = (jnp.stack(x) for x in zip(*tables))
         block = Block(c, self.dtype, self.implementation, parent=None)
-        dot = jnp.zeros((1, 1, c.width))
-        angle = jnp.zeros((1, 1, c.head_dim // 2))
-        alone = tree_mask.TreeMask(jnp.ones((1, 1), jnp.int32), jnp.full((1, 1), -1))
-        stack = layers.stacked_params(self, "layers", Block(c, self.dtype, "dense", parent=None),
-                                      c.num_layers, dot, angle, angle, alone)
+        stack = layers.Stack.of(self, "layers", Block(c, self.dtype, "dense", parent=None), c.num_layers,
+                                *_example(c))
+
+        def run(x_BTD, params, per_layer, memory=None):
+            variant, key = per_layer
+            return block.apply({"params": params}, x_BTD, cos_FBTh[variant], sin_FBTh[variant], mask, memory,
+                               drop_rate_BT, key)
 
         if memory is None:
             mask = attend.plan(mask, c.num_heads, c.num_kv_heads, c.head_dim, self.implementation)
-
-        def run(x, params, variant, *rest):
-            return block.apply({"params": params}, x, cos_VBTh[variant], sin_VBTh[variant], mask, *rest)
-
-        def read(x, per_layer):
-            params, variant, key = per_layer
-            return run(x, params, variant, None, drop_rate_BT, key)
-
-        def extend(carry, per_layer):
-            x, written = carry
-            params, variant, prompt, layer = per_layer
-            x, written = run(x, params, variant, (prompt, written, layer))
-            return (x, Cache(*written)), None
-
-        if isinstance(stack, list):
-            kept = []
-            for one, variant, held in zip(stack, of_layer, memory or [None] * c.num_layers):
-                x_BTD, kv = run(x_BTD, one, variant, held and (*held, 0))
-                kept.append(Cache(*kv) if held is None else held._replace(answers=Cache(*kv)))
-        elif memory is None:
             keys = None if rng is None else jax.random.split(rng, c.num_layers)
-            x_BTD, kv = layers.run_stack(read, x_BTD, (stack, jnp.asarray(of_layer), keys), self.remat)
-            kept = Cache(*kv)
+            x_BTD, kept, tapped = stack.run(run, x_BTD, (of_layer, keys), self.remat, taps)
         else:
-            per_layer = (stack, jnp.asarray(of_layer), memory.prompt, jnp.arange(c.num_layers))
-            (x_BTD, answers), _ = layers.run_stack(extend, (x_BTD, memory.answers), per_layer, "none")
-            kept = memory._replace(answers=answers)
-        return layers.RMSNorm(c.width, eps=c.norm_eps, name="final_norm")(x_BTD), kept
+            config_lib.require(not taps, "taps must be () with a memory", taps)
+            (x_BTD, kept), tapped = stack.extend(run, x_BTD, (of_layer, None), memory), {}
+        return layers.RMSNorm(c.width, eps=c.norm_eps, name="final_norm")(x_BTD), kept, tapped

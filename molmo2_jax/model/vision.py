@@ -1,6 +1,7 @@
 """The vision transformer: every crop on its own, features tapped at chosen layers.
 
-B batch, M crops, P patches, C values per patch, E width, N heads, H head width, A tapped width = taps*E.
+B batch, M crops, n = B * M crops of all rows, P patches (Q as keys), C values per patch, E width, N heads,
+H head width, A tapped width = taps * E.
 
 Source: reference, olmo/nn/image_vit.py. No class token, no final norm, no dropout.
 """
@@ -90,12 +91,13 @@ class VisionTransformer(nn.Module):
         x = x + self.param("position", normal, (P, c.width)).astype(x.dtype)
 
         block = Block(c, self.dtype, parent=None)
-        stack = layers.stacked_params(self, "layers", block, c.num_layers, jnp.zeros((1, 1, c.width)))
+        stack = layers.Stack.of(self, "layers", block, c.num_layers, jnp.zeros((1, 1, c.width)))
+
+        def run(x_nPE, params, _):
+            return block.apply({"params": params}, x_nPE), None
+
         outputs, start = {}, 0
-        for tap in sorted(set(self.taps)):  # run up to each tap in turn; nothing behind the last is computed
-            part = slice(start, tap + 1)
-            segment = stack[part] if isinstance(stack, list) else jax.tree.map(lambda p: p[part], stack)
-            x, _ = layers.run_stack(lambda x, p: (block.apply({"params": p}, x), None), x, segment,
-                                    self.remat)
+        for tap in sorted(set(self.taps)):  # run up to each tap in turn; nothing after the last is computed
+            x, _, _ = stack[start:tap + 1].run(run, x, remat=self.remat)
             outputs[tap], start = x, tap + 1
         return jnp.concatenate([outputs[tap] for tap in self.taps], -1).reshape(B, M, P, -1)

@@ -10,6 +10,7 @@ from data_pipelines import formats
 from data_pipelines import sources
 from data_pipelines import synthetic
 from molmo2_jax import decode
+from molmo2_jax import types
 from molmo2_jax.hf import checkpoint
 from molmo2_jax.inputs import media
 from molmo2_jax.inputs import packing
@@ -59,8 +60,8 @@ def test_logits_and_64_greedy_tokens_on_8_clips_are_those_of_transformers(name, 
     params, config, _, _ = shipped
     theirs = peer.load(ASSETS / name)
     sizes = [(len(one.tokens), len(one.patches), *one.pooled.shape) for one in questions]
-    shape = dict(zip("TMRW", map(max, *sizes)))
-    batch = packing.stack([packing.join([one], **shape) for one in questions])
+    shape = types.RowShape(*map(max, *sizes))
+    batch = packing.stack([packing.join([one], shape) for one in questions])
     model = molmo2.Molmo2(config, remat="none")
     logits = np.asarray(jax.jit(model.apply)({"params": params}, batch))
     last = np.array([[len(one.tokens) - 1] for one in questions], np.int32)

@@ -119,10 +119,7 @@ def test_the_reference_always_picks_an_option(text, names, number):
     assert choices.match_option(text, names) == number
 
 
-def test_small_parsers():
-    assert choices.starts_with_letter("b. blue", "B") and not choices.starts_with_letter("A", "B")
-    assert choices.first_letter("It is (C) or D") == "C"
-    assert choices.first_letter("AB") is None and choices.first_letter("a") is None
+def test_the_answer_is_the_last_line_with_single_spaces():
     assert choices.answer_part(" one\ntwo\ntwo ") == "two" and choices.answer_part("a   b") == "a b"
 
 

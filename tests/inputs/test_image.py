@@ -177,7 +177,7 @@ def test_the_patches_named_by_the_grid_put_the_resized_image_together_again(marg
 def test_nano_images_of_any_shape_become_crops_within_their_bound(size, max_crops):
     inputs = configs.InputConfig(max_crops=max_crops, overlap_margins=(1, 1))
     crops = image.crops_of_images([noise(*size)], NANO, inputs, NANO_TOKENS)
-    assert crops.patches.shape[0] <= image.most_crops(inputs, images=1)
+    assert crops.patches.shape[0] <= 1 + max_crops
     assert crops.patches.shape[1:] == (144, 108) and crops.patches.dtype == np.uint8
     seen = crops.tokens == NANO.special_id("<im_patch>")
     assert seen.sum() == len(crops.pooled) and crops.pooled.shape[1] == 4
@@ -200,7 +200,6 @@ def test_frames_and_images_are_numbered_at_visual_tokens_only():
     film = image.crops_of_frames(frames(3, 72), NANO, NANO_INPUTS, NANO_TOKENS)
     special = list(NANO_TOKENS.special.values())
     visual = np.isin(film.tokens, special)
-    assert image.tokens_per_frame(NANO) == 16
     assert film.image[visual].tolist() == [number for number in range(3) for _ in range(18)]
     assert (film.image[~visual] == -1).all() and (~visual).sum() == 4 + 5 + 5
     group = image.crops_of_images([noise(50, 50), noise(72, 90)], NANO, NANO_INPUTS, NANO_TOKENS)
@@ -236,7 +235,7 @@ def test_the_high_resolution_draw_follows_its_probability():
     inputs = dataclasses.replace(NANO_INPUTS, max_crops=2, high_res_crops=9)
     few, many = (len(image.crops_of_images(pixels, NANO, inputs, NANO_TOKENS, high_res=p).patches)
                  for p in (0, 1))
-    assert few < many <= image.most_crops(inputs, images=1, high_res=True)
+    assert few < many <= 1 + inputs.high_res_crops
     rng = np.random.default_rng(0)
     drawn = [len(image.crops_of_images(pixels, NANO, inputs, NANO_TOKENS, high_res=0.3, rng=rng).patches)
              for _ in range(100)]

@@ -39,7 +39,7 @@ def random_sequence(rng, *, is_text=False, num_branches=None):
 
 def random_row(rng, count=4, T=160):
     sequences = [random_sequence(rng, is_text=rng.random() < 0.3) for _ in range(count)]
-    return sequences, packing.join(sequences, T=T, M=16, R=90, W=W, patch_shape=(P, C))
+    return sequences, packing.join(sequences, types.RowShape(T=T, M=16, R=90, W=W), (P, C))
 
 
 @pytest.mark.parametrize("case", GOLDENS["pack"], ids=lambda case: f"{len(case['examples'])} examples")
@@ -49,7 +49,7 @@ def test_rows_equal_the_recorded_concatenations(case):
     packed = case["packed"]
     length, crops = len(packed["input_tokens"]), len(packed.get("images", []))
     pooled = np.array(packed.get("token_pooling", np.zeros((0, 4))))
-    row = packing._empty_row(length, max(crops, 1), max(len(pooled), 1), 9, 9, 3)
+    row = packing._empty_row(types.RowShape(length, max(crops, 1), max(len(pooled), 1), 9), (9, 3))
     state = dict.fromkeys(("token", "crop", "pooled", "group", "image"), 0)
     for number, one in enumerate(sequences):
         packing._place(row, one, number, state)
@@ -132,14 +132,25 @@ def test_join_names_every_broken_budget():
     one = random_sequence(np.random.default_rng(0))
     length, rows = len(one.tokens), len(one.pooled)
     with pytest.raises(ValueError, match=f"got T = {length} of {length - 1}, R = {rows} of {rows - 1}$"):
-        packing.join([one], T=length - 1, M=16, R=rows - 1, W=W)
+        packing.join([one], types.RowShape(T=length - 1, M=16, R=rows - 1, W=W))
 
 
 def test_a_row_of_text_needs_the_shape_of_patches():
     text = random_sequence(np.random.default_rng(0), is_text=True)
     with pytest.raises(ValueError, match=r"shape \(P, C\)"):
-        packing.join([text], T=50, M=2, R=9, W=W)
-    assert packing.join([text], T=50, M=2, R=9, W=W, patch_shape=(P, C)).patches.shape == (1, 2, P, C)
+        packing.join([text], types.RowShape(T=50, M=2, R=9, W=W))
+    assert packing.join([text], types.RowShape(T=50, M=2, R=9, W=W), (P, C)).patches.shape == (1, 2, P, C)
+
+
+def test_a_row_has_the_shapes_and_dtypes_that_were_announced():
+    rng = np.random.default_rng(2)
+    shape = types.RowShape(T=150, M=16, R=90, W=W + 2)
+    sequences = [random_sequence(rng) for _ in range(3)]
+    for held in (sequences, []):
+        row = packing.join(held, shape, (P, C))
+        announced = types.batch_shapes(1, shape, (P, C))
+        assert [(x.shape, x.dtype) for x in row] == [(x.shape, x.dtype) for x in announced]
+    assert packing.stack([row] * 3).pooled.shape == types.batch_shapes(3, shape, (P, C)).pooled.shape
 
 
 def test_stacked_rows_stay_as_they_are():
@@ -166,7 +177,8 @@ def _two_trees():
     """Row 0 of two: [root 0..., visual, branch 0, branch 1] twice, then padding."""
     rng = np.random.default_rng(11)
     return packing.stack([
-        packing.join([random_sequence(rng, num_branches=2) for _ in range(2)], T=120, M=16, R=90, W=W)
+        packing.join([random_sequence(rng, num_branches=2) for _ in range(2)],
+                     types.RowShape(T=120, M=16, R=90, W=W))
         for _ in range(2)])
 
 

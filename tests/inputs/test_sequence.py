@@ -83,6 +83,24 @@ def test_a_question_without_answer_is_not_shifted_and_learns_nothing():
     assert not built.targets.any() and not built.weights.any()
 
 
+def test_a_tree_of_questions_holds_each_as_it_stands_alone(small):
+    start, patch, end = (small.special[name] for name in ("<im_start>", "<im_patch>", "<im_end>"))
+    seen = types.Crops(patches=np.zeros((1, 4, 3), np.uint8), pooled=np.zeros((2, 4), np.int32),
+                       tokens=np.array([start, patch, patch, end], np.int32), image=np.zeros(4, np.int32))
+    conversations = [("Point to the red circle.",), ("Q?", "2", "it is"), ("Q?",)]
+    for crops in (None, seen):
+        tree, last = sequence.ask(crops, conversations, small)
+        for number, turns in enumerate(conversations):
+            alone = sequence.build(crops, [branch_of(turns)], small)
+            mine = (tree.branch == -1) | (tree.branch == number)
+            for field in ("tokens", "positions", "image", "targets", "weights"):
+                np.testing.assert_array_equal(getattr(tree, field)[mine], getattr(alone, field))
+                assert getattr(tree, field).dtype == getattr(alone, field).dtype
+            assert last[number] == np.flatnonzero(mine)[-1]
+        assert (tree.branch == -1).sum() == 1 + (0 if crops is None else len(crops.tokens))
+        np.testing.assert_array_equal(tree.pooled, alone.pooled)
+
+
 def test_the_worked_example_of_two_branches(small):
     start, patch, end = (small.special[name] for name in ("<im_start>", "<im_patch>", "<im_end>"))
     crops = types.Crops(patches=np.zeros((1, 4, 3), np.uint8), pooled=np.zeros((1, 4), np.int32),
@@ -179,8 +197,21 @@ def test_bad_conversations_are_refused(small, branches, message):
         sequence.build(None, branches, small)
 
 
+@pytest.mark.parametrize("conversations, message", [
+    ([], "at least one question"),
+    ([("Q?", "yes")], "odd number of turns; got 2"),
+    ([()], "odd number of turns; got 0"),
+    ([("Q?",), ("see <|image|> here",)], r"'<\|image\|>' at character 4"),
+])
+def test_bad_questions_are_refused(small, conversations, message):
+    with pytest.raises(ValueError, match=message):
+        sequence.ask(None, conversations, small)
+
+
 def test_pooled_rows_must_match_patch_tokens(small):
     crops = types.Crops(patches=np.zeros((1, 4, 3), np.uint8), pooled=np.zeros((2, 4), np.int32),
                         tokens=np.array([small.special["<im_patch>"]], np.int32), image=np.zeros(1, np.int32))
     with pytest.raises(ValueError, match="one pooled row per <im_patch> token, 1; got 2"):
         sequence.build(crops, [branch_of(("Q?", "yes"))], small)
+    with pytest.raises(ValueError, match="one pooled row per <im_patch> token, 1; got 2"):
+        sequence.ask(crops, [("Q?",)], small)

@@ -45,7 +45,7 @@ def test_a_run_without_gin_file_is_told_to_name_one():
 
 
 # A step of a nano model on two slices: its ViT keeps, by formula, more than is alive at the peak.
-REPORT = aot.Report(
+REPORT = aot.StepReport(
     topology="v5e:2x2", slices=2, chips=8, mesh={"data": 2, "fsdp": 4, "tensor": 1, "context": 1}, rows=8,
     remat="full", vision_remat="full", parameters=2**20, optimiser=2**21, offloaded=0, data=2**20,
     temporaries=2**20, vision=2**22, peak=5 * 2**20, available=15 * 2**30,

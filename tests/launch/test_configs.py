@@ -82,7 +82,7 @@ def test_runs_resolve_with_everything_that_training_needs(path):
     resolved = resolve(path.relative_to(run.ROOT / "gin_configs"))
     assert None not in (resolved.tokenizer, resolved.data, resolved.optim, resolved.train)
     shape = resolved.data.shape(resolved.model)
-    assert shape["M"] > 0 and 0 < shape["R"] <= shape["T"]
+    assert shape.M > 0 and 0 < shape.R <= shape.T
 
 
 @pytest.mark.parametrize("stage", STAGES)

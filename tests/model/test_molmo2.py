@@ -1,17 +1,27 @@
 """Packing and trees change nothing: every branch and every example has the logits it has alone."""
 
 import dataclasses
+import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from molmo2_jax import decode
+from molmo2_jax import sharding
+from molmo2_jax import state
+from molmo2_jax import types
 from molmo2_jax.inputs import packing
+from molmo2_jax.model import layers
 from molmo2_jax.model import molmo2
 from tests import packs
+from tests import tiny
 
 TOLERANCE = 1e-5  # float32; measured 3e-6 on logits of size 4
+MEMORY_TOLERANCE = 1.1  # of the bytes of tapped layers; measured 1.002
 T, M, R = 128, 16, 64
 
 
@@ -122,3 +132,79 @@ def test_padding_crops_and_empty_windows_change_no_gradient():
     for a, b in zip(*(jax.tree.leaves(grads(batch)) for batch in (black, grey))):
         assert np.isfinite(a).all()
         np.testing.assert_array_equal(a, b)
+
+
+def cut(config, params, num_layers):
+    """Returns a model of the first layers of the decoder, and its parameters."""
+    text = params["text"] | {"layers": jax.tree.map(lambda leaf: leaf[:num_layers], params["text"]["layers"])}
+    shorter = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=num_layers))
+    return molmo2.Molmo2(shorter, remat="none"), params | {"text": text}
+
+
+@pytest.mark.parametrize("style", ["qwen3", "olmo"])
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_a_tapped_layer_is_what_a_model_ends_with_that_was_cut_after_it(style, remat):
+    config = packs.random_config(style, 0)
+    params, batch = packs.random_params(config), packs.random_rows(0, config, 2, T)
+    last = config.text.num_layers - 1
+    look = functools.partial(molmo2.Molmo2(config, remat=remat).apply, taps=(last, 0), method="hidden")
+    hidden, inside = jax.jit(look)({"params": params}, batch)
+    unrolled = look({"params": decode.ready(params, "float32", unroll=True)}, batch)[1]
+    assert list(inside.layers) == list(unrolled.layers) == [0, last]
+    for layer, tapped in inside.layers.items():
+        model, shorter = cut(config, params, layer + 1)
+        wanted = model.apply({"params": shorter}, batch, method="hidden")
+        for one in (tapped, unrolled.layers[layer]):
+            normed = layers.rms_norm(one, params["text"]["final_norm"]["scale"], config.text.norm_eps)
+            np.testing.assert_allclose(normed, wanted, atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(hidden, wanted, atol=TOLERANCE, rtol=0)  # cut after the last layer: not cut
+    assert inside.features.shape[:2] == batch.patches.shape[:2]
+    assert inside.visual.shape[:2] == batch.pooled.shape[:2]
+
+
+def test_text_alone_has_nothing_visual_inside():
+    config = packs.random_config("qwen3", 0)
+    batch = packs.random_rows(0, config, 1, T)._replace(pooled=np.zeros((1, 0, 4), np.int32))
+    look = functools.partial(molmo2.Molmo2(config).apply, {"params": packs.random_params(config)}, batch)
+    assert look(taps=(), method="hidden")[1] == (None, None, {})
+    with pytest.raises(ValueError, match=r"taps must name layers 0 ... \d+; got \(99,\)"):
+        look(taps=(99,), method="hidden")
+
+
+def test_the_documented_lines_look_inside():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "model.md").read_text()
+    [lines] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    config = packs.random_config("qwen3", 0)
+    batch = packs.random_rows(0, config, 2, T)
+    known = {"jax": jax, "functools": functools, "molmo2": molmo2, "config": config, "batch": batch,
+             "params": packs.random_params(config)}
+    exec(lines.replace("12", "1"), known)
+    assert known["inside"].layers[1].shape == known["hidden"].shape == (2, T, config.text.width)
+
+
+@pytest.mark.parametrize("is_learning", [False, True])
+def test_only_tapped_layers_are_kept_and_each_device_keeps_its_part(is_learning):
+    config = dataclasses.replace(tiny.MODEL, text=dataclasses.replace(tiny.MODEL.text, num_layers=16))
+    model, mesh, rows, length = molmo2.Molmo2(config, attention="blocked"), tiny.mesh(2, 2, 1, 2), 4, 512
+    one = rows * length * config.text.width * 4 / mesh.size  # bytes of a layer's output on a device
+
+    def program(params, batch, taps):
+        def score(params):
+            hidden, inside = model.apply({"params": params}, batch, taps=taps, method="hidden")
+            return (hidden ** 2).sum() + sum((tapped ** 3).sum() for tapped in inside.layers.values())
+
+        def look(params):
+            return model.apply({"params": params}, batch, taps=taps, method="hidden")[1].layers
+        return jax.grad(score)(params) if is_learning else look(params)
+
+    with jax.set_mesh(mesh):
+        shape = types.RowShape(T=length, M=2, R=8, W=9)
+        batch = types.batch_shapes(rows, shape, config.vision.patch_shape)
+        batch = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), batch,
+                             sharding.of_batch(mesh, batch))
+        args = state.abstract_params(model, mesh), batch
+        compiled = {taps: jax.jit(program, static_argnums=2).lower(*args, taps).compile()
+                    for taps in ((12,), (3, 12, 15))}
+    memory = [program.memory_analysis() for program in compiled.values()]
+    used = [found.temp_size_in_bytes + found.output_size_in_bytes for found in memory]
+    assert 0 < used[1] - used[0] < 2 * one * MEMORY_TOLERANCE  # two more taps, of 16 layers

@@ -30,7 +30,7 @@ def sequence(num_frames=2, branches=(3, 2)):
 
 
 def packed():
-    return packing.join([sequence(), sequence(1, (2, 2, 2))], T=28, M=4, R=8, W=1)
+    return packing.join([sequence(), sequence(1, (2, 2, 2))], types.RowShape(T=28, M=4, R=8, W=1))
 
 
 def test_a_row_is_split_into_roots_branches_and_padding():
