@@ -14,6 +14,7 @@ from data_pipelines.formats import points
 from data_pipelines.formats import questions
 from data_pipelines.formats import tracks
 from data_pipelines.formats import view as views
+from molmo2_jax import config
 from molmo2_jax import types
 from molmo2_jax.inputs import prompt
 
@@ -64,8 +65,8 @@ class Asking:
     weights: Weights = Weights()
 
     def __post_init__(self):
-        if self.num_templates is not None and self.num_templates < 1:
-            raise ValueError(f"num_templates must be >= 1; got {self.num_templates}")
+        config.require(self.num_templates is None or self.num_templates >= 1, "num_templates must be >= 1",
+                       self.num_templates)
 
 
 PLAIN = Asking(train=False)  # as evaluation asks
