@@ -19,6 +19,7 @@ from typing import Any
 
 from molmo2_jax import types
 from molmo2_jax.inputs import prompt
+from molmo2_jax.inputs import text_file
 
 POINT_MODES = ("bare", "point_count", "count_point", "count")
 TRACK_MODES = ("per_frame", "start_end", "single_point")
@@ -76,6 +77,11 @@ def _read(path, source) -> Iterator[types.Example | ValueError]:
     path = pathlib.Path(path)
     if not path.is_file():
         yield ValueError(f"{path}: an annotation file must exist; found none")
+        return
+    try:
+        text_file.check_start(path)
+    except ValueError as error:
+        yield error
         return
     number_of_records = 0
     with open(path, "rb") as lines:

@@ -19,6 +19,7 @@ from data_pipelines import published
 from data_pipelines import schemas
 from data_pipelines import tasks
 from launch import cli
+from molmo2_jax.inputs import text_file
 
 _TASK = flags.DEFINE_string("task", None, "A key of data_pipelines.tasks.TASKS.")
 _PUBLISHED = flags.DEFINE_multi_string("published", [], "Files of rows; may hold wildcards")
@@ -26,6 +27,7 @@ _EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Files that name media to le
 for _name in ("output", "traceback"):
     flags.declare_key_flag(_name)
 _SHOWN = 3  # reasons that are printed
+_BLANK = " \t\ufeff"  # around a name; lists that were joined have byte order marks inside
 
 
 def main(arguments: list[str]) -> None:
@@ -52,14 +54,15 @@ def _names(paths: Sequence[str]) -> set[str]:
     """Returns the lines of files.
 
     Raises:
-      ValueError: a file does not exist, or names nothing.
+      ValueError: a file does not exist, names nothing, or is not UTF-8.
     """
     names = set()
     for path in map(pathlib.Path, paths):
-        found = set(path.read_text(encoding="utf-8").split("\n")) - {""} if path.is_file() else set()
+        lines = text_file.read(path).split("\n") if path.is_file() else []
+        found = {line.strip(_BLANK) for line in lines} - {""}
         if not found:
             raise ValueError(f"--exclude must be a file that names media, one a line; got {path}")
-        names |= {name.strip() for name in found}
+        names |= found
     return names
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from molmo2_jax.inputs import text_file
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -135,7 +137,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
             raise ValueError(f"a checkpoint folder must hold {SINGLE} or {INDEX}; got {folder}")
         return open_file(folder / SINGLE)
     try:
-        where = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        where = dict(json.loads(text_file.read(folder / INDEX))["weight_map"])
         files = sorted(set(where.values()))
         outside = [file for file in files if pathlib.PurePath(file).name != file]
     except (ValueError, KeyError, TypeError) as error:

@@ -353,6 +353,23 @@ def test_a_broken_folder_costs_one_sentence_and_no_reading(damage, message, tmp_
         checkpoint.import_checkpoint(folder)
 
 
+def test_byte_order_marks_in_json_files_change_nothing_and_other_encodings_are_refused(tmp_path):
+    folder = export(tmp_path / "a", max_shard_bytes=3e4)
+    params, *configs = checkpoint.import_checkpoint(folder)
+    for path in folder.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    again, *configs_again = checkpoint.import_checkpoint(folder)
+    assert configs_again == configs and len(list(folder.glob("*.json"))) > 3
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    for name in ("config.json", shards.INDEX, "preprocessor_config.json"):
+        path = folder / name
+        kept = path.read_bytes()
+        path.write_bytes(kept.decode("utf-8-sig").encode("utf-16"))
+        with pytest.raises(ValueError, match=rf"{name}: text must be UTF-8; got .*probably UTF-16"):
+            checkpoint.import_checkpoint(folder)
+        path.write_bytes(kept)
+
+
 def test_parameters_that_do_not_fit_the_config_are_all_named(tmp_path):
     params = packs.random_params(CONFIG)
     del params["connector"]["pool"]["k"]["bias"]
