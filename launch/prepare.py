@@ -7,11 +7,12 @@ Writes FOLDER/annotations.jsonl; the folder is the task's (data_pipelines/tasks.
 Parquet files need pyarrow: pip install -e '.[prepare]' in the folder of the repository.
 Media that rows do not hold themselves must lie in FOLDER/media already, named as data_pipelines/schemas says.
 Whatever is left out is counted and listed in FOLDER/left_out.txt. --exclude=FILE names media that must not be
-trained on because evaluations ask about them, one a line: file names, with or without suffix.
+trained on because evaluations ask about them, one a line: file names, with or without suffix. Names that match no medium
+of the rows are counted at the end: many of them may mean a list of another data set, or other spellings.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from absl import flags
 
@@ -48,6 +49,17 @@ def main(arguments: list[str]) -> None:
           f"annotations, {sum(isinstance(error, schemas.Excluded) for error in errors)} of them by --exclude")
     for error in errors[:_SHOWN]:
         print(f"  {error}")
+    _show_unmatched(exclude, errors)
+
+
+def _show_unmatched(exclude: Set[str], errors: Sequence[ValueError]) -> None:
+    """Prints how many names of --exclude match no medium of any record, and some of them."""
+    used = frozenset().union(*(error.names for error in errors if isinstance(error, schemas.Excluded)))
+    unmatched = sorted(exclude - used)
+    if unmatched:
+        rest = ", ..." if len(unmatched) > _SHOWN else ""
+        print(f"--exclude: {len(unmatched)} of {len(exclude)} names match no medium of these rows: "
+              f"{', '.join(map(repr, unmatched[:_SHOWN]))}{rest}")
 
 
 def _names(paths: Sequence[str]) -> set[str]:

@@ -122,6 +122,18 @@ def test_media_of_evaluations_are_left_out_and_counted(tmp_path):
     assert number == len(kept) == 4 and not [example for example in kept if held_out in example.images[0]]
     assert [type(error) for error in errors] == [schemas.Excluded] * 2
     assert str(errors[0]) == f"media/{held_out}.png: is on the list of media to leave out"
+    assert errors[0].names == {held_out}
+
+
+def test_all_names_of_a_record_count_as_matched(capsys):
+    record = {"images": ["media/a.png", "media/b.png"]}
+    errors = []
+    assert not list(schemas._admitted([record], frozenset({"a", "b.png", "c", "d", "e", "f"}), errors))
+    prepare._show_unmatched({"a", "b.png", "c", "d", "e", "f"}, [*errors, ValueError("other")])
+    assert capsys.readouterr().out == (
+        "--exclude: 4 of 6 names match no medium of these rows: 'c', 'd', 'e', ...\n")
+    prepare._show_unmatched({"a", "b.png"}, errors)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("encoding, end", [("utf-8", "\n"), ("utf-8-sig", "\n"), ("utf-8-sig", "\r\n")])
@@ -151,5 +163,6 @@ def test_a_task_is_prepared_at_the_command_line(tmp_path):
         capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "27 records; left out: 14 rows, records or annotations, 13 of them by --exclude" in done.stdout
+    assert "--exclude: 1 of 2 names match no medium of these rows: 'other'\n" in done.stdout
     assert "must have the column" in (tmp_path / "charts/left_out.txt").read_text()
     assert len(sources.read_jsonl(tmp_path / "charts/annotations.jsonl")) == 27
