@@ -17,6 +17,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from molmo2_jax.inputs import file_kind
 from molmo2_jax.inputs import text_file
 
 BATCH_ROWS = 16         # rows of a parquet file held at a time: each may have images of megabytes
@@ -32,8 +33,9 @@ def rows(paths: Sequence[str | os.PathLike], folder: str | os.PathLike,
       folder: of the task; media inside rows become folder/media/SHA256.SUFFIX.
 
     Raises:
-      ValueError: a name matches no file, or ends in none of the known suffixes, or a file of text is not
-        UTF-8 (of JSON lines only the beginning is looked at; later lines are errors in their place).
+      ValueError: a name matches no file, or ends in none of the known suffixes; a file is a Git LFS pointer
+        or otherwise not what its name says; a file of text is not UTF-8 (of JSON lines only the beginning is
+        looked at; later lines are errors in their place).
     """
     files = []
     for name in paths:
@@ -44,6 +46,9 @@ def rows(paths: Sequence[str | os.PathLike], folder: str | os.PathLike,
     for path, suffix in files:
         if suffix not in _READERS:
             raise ValueError(f"{path}: rows must lie in files {', '.join(_READERS)}; got {suffix!r}")
+        what = file_kind.describe(path, is_binary=suffix == ".parquet")
+        if what and os.path.getsize(path):  # without rows is no fault
+            raise ValueError(f"{path} is {what}")
         if suffix in _CHECKS:
             _CHECKS[suffix](path)
     return _rows(files, pathlib.Path(folder))

@@ -119,7 +119,7 @@ def write(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig) -> di
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON object of a file. Raises ValueError if it is missing or holds something else."""
     try:
-        values = json.loads(text_file.read(path))
+        values = text_file.read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"a checkpoint folder must hold a readable {path.name}; {error}") from error
     if not isinstance(values, dict):

@@ -6,9 +6,13 @@ Guessing an encoding, or replacing what does not fit, would change names and ans
 
 import codecs
 import itertools
+import json
 import os
 import pathlib
 from collections.abc import Iterable
+from typing import Any
+
+from molmo2_jax.inputs import file_kind
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -23,6 +27,21 @@ def read(path: str | os.PathLike) -> str:
       ValueError: as `decode`. OSError: the file cannot be read.
     """
     return decode(pathlib.Path(path).read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """Returns the value in a JSON file.
+
+    Raises:
+      ValueError: the file is not UTF-8 or not JSON; the message says what it is instead, if that is known.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(read(path))
+    except (ValueError, RecursionError) as error:
+        what = file_kind.describe(path)
+        raise ValueError(f"{path} is {what}" if what else
+                         str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
 def decode(data: bytes, where: str | os.PathLike) -> str:

@@ -106,6 +106,17 @@ def test_lines_of_another_encoding_are_errors_in_their_place(tmp_path):
     assert "a.jsonl:2: must be JSON" in str(second) and "must be UTF-8; got byte 0xe9" in str(second)
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "tsv", "csv", "json", "jsonl"])
+def test_pointers_and_pages_instead_of_rows_are_called_that(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11\n")
+    with pytest.raises(ValueError, match=rf"a\.{suffix} is a Git LFS pointer"):
+        published.rows([path], tmp_path)
+    path.write_text("<!DOCTYPE html><p>404")
+    with pytest.raises(ValueError, match=rf"a\.{suffix} is a page of HTML"):
+        published.rows([path], tmp_path)
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     write_charts(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

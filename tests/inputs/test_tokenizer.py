@@ -209,6 +209,14 @@ def test_a_byte_order_mark_changes_no_tokenizer_and_other_encodings_are_refused(
             tokenizer.Tokenizer.from_file(tmp_path, small.vocab_size)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_instead_of_a_tokenizer_is_called_that(small, tmp_path, name):
+    small.save(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*`git lfs pull`"):
+        tokenizer.Tokenizer.from_file(tmp_path, small.vocab_size)
+
+
 def test_files_that_are_no_tokenizers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="readable tokenizer.json"):
         tokenizer.Tokenizer.from_file(tmp_path / "missing.json")

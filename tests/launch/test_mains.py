@@ -236,6 +236,7 @@ def test_a_model_is_loaded_onto_the_shards_of_a_mesh(model_folder):
     (["exprot"], "got exprot"),
     (["export"], "--model must be given"),
     (["import", "--model=MODEL"], "--output must be given"),
+    (["import", "--model=ADAPTER", "--output=new"], "holds an adapter (PEFT"),
     (["export", "--model=MODEL", "--output=MODEL"], "new or empty folder"),
     (["import", "--model=MODEL", "--output=MODEL"], "--output must be a new or empty folder"),
     (["verify"], "--hf must be given"),
@@ -244,8 +245,10 @@ def test_a_model_is_loaded_onto_the_shards_of_a_mesh(model_folder):
     (["assemble", "--text=MODEL", "--vision=MODEL", "--output=new",
       "--gin_file=gin_configs/models/nano.gin"], "model_type of a tower must be one of"),
 ])
-def test_convert_answers_mistakes_with_one_sentence(arguments, words, model_folder, capsys):
-    arguments = [one.replace("MODEL", str(model_folder)) for one in arguments]
+def test_convert_answers_mistakes_with_one_sentence(arguments, words, model_folder, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    arguments = [one.replace("MODEL", str(model_folder)).replace("ADAPTER", str(tmp_path))
+                 for one in arguments]
     assert start(convert.main, *arguments) == cli.USER_ERROR
     assert words in capsys.readouterr().err
 
