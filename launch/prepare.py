@@ -8,7 +8,7 @@ Parquet files need pyarrow: pip install -e '.[prepare]' in the folder of the rep
 Media that rows do not hold themselves must lie in FOLDER/media already, named as data_pipelines/schemas says.
 Whatever is left out is counted and listed in FOLDER/left_out.txt. --exclude=FILE names media that must not be
 trained on because evaluations ask about them, one a line: file names, with or without suffix. Names that
-match no medium of the rows are counted at the end: many may mean a list of another data set, or other spellings.
+match no medium of the rows are counted at the end: many may mean another data set or other spellings.
 """
 
 import pathlib

@@ -1,10 +1,48 @@
 """Paths of a work directory, on this machine or in a bucket ("gs://..."), through one interface."""
 
+import errno
 import json
 import os
+import re
+import shutil
 from typing import Any
 
 from etils import epath
+
+# What a file system answers when the fault is its own: full, over quota, read-only, broken, gone.
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN)
+
+
+class StorageError(OSError):
+    """A disk could not be written; the message is a sentence with the cause, the place and the remedy."""
+
+
+def storage_cause(error: BaseException | None) -> str:
+    """Returns which fault of a disk an error or one of its causes reports, in the system's words; else "".
+
+    TensorStore reports such faults as "STATUS: ..." in a ValueError. Any other ValueError was raised by code
+    that knew what it read, such as a broken film, and its causes do not count; nor do errors of libraries
+    that reuse OSError, as PyAV does.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if type(error).__module__ == "builtins" and getattr(error, "errno", None) in _STORAGE:
+            return os.strerror(error.errno)
+        if isinstance(error, ValueError):
+            words = map(os.strerror, _STORAGE) if re.match("[A-Z_]{4,}: ", str(error)) else ()
+            return next((cause for cause in words if cause in str(error)), "")
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def free_space(name: str | os.PathLike) -> str:
+    """Returns how much of a local path's disk is free, in words; "" for a bucket or a path that is gone."""
+    try:
+        usage = None if is_remote(name) else shutil.disk_usage(name)
+    except OSError:
+        usage = None
+    return f"{usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB are free" if usage else ""
 
 
 def path(name: str | os.PathLike) -> epath.Path:

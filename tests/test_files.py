@@ -1,8 +1,11 @@
 """A work directory may lie in a bucket: here one in memory stands in for it."""
 
+import errno
 import json
 import logging
+import os
 
+import av
 import fsspec
 import numpy as np
 import pytest
@@ -52,6 +55,30 @@ def test_paths_here_become_absolute_and_others_stay(monkeypatch, tmp_path):
     assert str(files.path("run")) == str(tmp_path / "run")
     assert str(files.path("gs://bucket/run") / "1") == "gs://bucket/run/1"
     assert files.is_remote("gs://bucket") and not files.is_remote("/tmp/a")
+
+
+def raised_from(error, *causes):
+    """Returns the error with a chain of causes."""
+    for outer, inner in zip((error, *causes), causes):
+        outer.__cause__ = inner
+    return error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(("error", "cause"), [
+    (FULL, "No space left on device"),
+    (OSError(errno.EROFS, "read-only", "/a"), "Read-only file system"),
+    (ValueError('RESOURCE_EXHAUSTED: Error writing "a": Failed to write 9 bytes: No space left on device'),
+     "No space left on device"),
+    (raised_from(RuntimeError("saving failed"), TypeError(), FULL), "No space left on device"),
+    (raised_from(ValueError("a.mp4 cannot be read"), OSError(errno.EIO, "")), ""),
+    (ValueError("a.mp4: Input/output error"), ""),
+    (av.error.OSError(errno.EIO, "Input/output error", "a.mp4"), ""),
+    (FileNotFoundError(errno.ENOENT, "none", "/a"), ""), (RuntimeError(), ""), (None, "")])
+def test_faults_of_a_disk_are_told_from_other_errors(error, cause):
+    assert files.storage_cause(error) == cause
 
 
 def test_metrics_in_a_bucket_are_copied_and_go_on(bucket):
