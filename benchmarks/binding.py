@@ -19,7 +19,6 @@ from launch import questions
 from launch import trained
 from molmo2_jax import evaluate
 from molmo2_jax import generate
-from molmo2_jax import types
 
 _MODEL = flags.DEFINE_string("model", "assets/nano", "Work directory of a run, or a Hugging Face folder.")
 _EXAMPLES = flags.DEFINE_integer("examples", 100, "Scenes of each kind of medium.")
@@ -41,11 +40,10 @@ def distances(answered: list[evaluate.Answered]) -> np.ndarray:
     found = []
     for one, other in zip(answered[::2], answered[1::2], strict=True):
         for asked, left in ((one, other), (other, one)):
-            size = ((asked.view.width, asked.view.height) if isinstance(asked.view, types.Frames)
-                    else asked.view[0])
-            truth = [question.question.about["points"][0] for question in (asked, left)]
+            size = asked.media.sizes[0]
+            truth = [question.question.about.points[0] for question in (asked, left)]
             points = asked.answer.points[:1]
-            found.append([max(abs(points[0].x - at["x"]) / size[0], abs(points[0].y - at["y"]) / size[1])
+            found.append([max(abs(points[0].x - at.x) / size[0], abs(points[0].y - at.y) / size[1])
                           if points else np.inf for at in truth])
     return np.array(found)
 

@@ -7,7 +7,7 @@ import numpy as np
 from data_pipelines import formats
 from molmo2_jax import config
 from molmo2_jax import types
-from molmo2_jax.inputs import media
+from molmo2_jax.inputs import media as media_lib
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 
@@ -19,9 +19,9 @@ def problems(examples: Sequence[types.Example], model: config.Molmo2Config, inpu
     """
     for example in examples:
         try:
-            _, view = media.see(example, model, inputs, tokenizer)
-            found = formats.format_example(example, frames_or_sizes=view, rng=np.random.default_rng(0),
-                                           train=False)
+            _, media = media_lib.see(example, model, inputs, tokenizer)
+            found = formats.format_example(example, media=media, rng=np.random.default_rng(0),
+                                           asking=formats.PLAIN)
         except (ValueError, OSError, EOFError, MemoryError) as error:
             yield [f"{example.key}: {str(error).removeprefix(f'{example.key}: ') or type(error).__name__}"]
             continue

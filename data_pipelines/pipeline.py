@@ -73,8 +73,6 @@ class DataConfig:
         _require(self.window is None or self.window >= 1, "window must be >= 1 patch", self.window)
         _require(self.streams is None or self.streams >= 1 and self.batch_rows % self.streams == 0,
                  f"streams must be >= 1 and divide the {self.batch_rows} rows of a batch", self.streams)
-        _require(self.num_templates is None or self.num_templates >= 1, "num_templates must be >= 1",
-                 self.num_templates)
         _require(self.row_visual_tokens is None or 0 <= self.row_visual_tokens <= self.row_tokens,
                  "row_visual_tokens must lie in [0, row_tokens]", self.row_visual_tokens)
         _require(0 <= self.seed < 2**32, "seed must lie in [0, 2^32)", self.seed)
@@ -83,6 +81,12 @@ class DataConfig:
                      "train must be a tuple of folders, such as ('my_data',), or one of the mixtures "
                      f"{sorted(tasks.MIXTURES)}",
                      self.train)
+        self.asking()  # refuses what it cannot ask by
+
+    def asking(self) -> formats.Asking:
+        """Returns how training asks."""
+        return formats.Asking(num_templates=self.num_templates, is_pretraining=self.is_pretraining,
+                              weights=self.weights)
 
     def shape(self, model: config.Molmo2Config) -> dict[str, int]:
         """Returns T, M, R and W of every row, as packing.join takes them."""
@@ -147,7 +151,7 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
         order=order.Order(list(sizes.values()), lessons, data.seed),
         examples=tuple(examples.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
         max_tokens=shape["T"], max_crops=shape["M"], max_visual_tokens=shape["R"],
-        num_templates=data.num_templates, weights=data.weights, is_pretraining=data.is_pretraining)
+        asking=data.asking())
     mine = number // shard_count
     return Batches(data, preparer, errors, number, range(shard_index * mine, (shard_index + 1) * mine))
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data_pipelines import annotations
 from data_pipelines import formats
 from data_pipelines import ledger
 from data_pipelines import order as orders
 from data_pipelines import tasks
 from molmo2_jax import config
 from molmo2_jax import types
-from molmo2_jax.inputs import media
+from molmo2_jax.inputs import media as media_lib
 from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.inputs import tokenizer as tokenizers
 
@@ -42,22 +43,18 @@ def _refusing(reason: str) -> Iterator[None]:
 
 
 def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.InputConfig,
-            tokenizer: tokenizers.Tokenizer, rng: np.random.Generator, *, train: bool = True,
-            max_tokens: int | None = None, weight: types.LossWeight | float | None = None,
-            high_res_share: float = 0.0, point_modes: tuple[str, ...] = (),
-            num_templates: int | None = None, weights: formats.Weights = formats.Weights(),
-            is_pretraining: bool = False) -> types.Sequence:
+            tokenizer: tokenizers.Tokenizer, rng: np.random.Generator, *,
+            asking: formats.Asking = formats.Asking(), max_tokens: int | None = None,
+            weight: types.LossWeight | float | None = None, high_res_share: float = 0.0,
+            point_modes: tuple[str, ...] = ()) -> types.Sequence:
     """Returns the Sequence of an example; every random choice comes from `rng`.
 
     Args:
-      train: random wording, layouts and order of branches; False: those of evaluation, in order.
+      asking: how annotations become questions; for training, the order of branches is drawn, too.
       max_tokens: longest sequence; branches beyond it are left out, then the end is cut.
       weight: takes the place of the branches' LossWeight, or a number that of its scale.
-      high_res_share: probability that a single image is cut into up to high_res_crops tiles.
+      high_res_share: in training, probability that a single image is cut into up to high_res_crops tiles.
       point_modes: take the place of those of annotations of points; (): as they say.
-      num_templates: wordings of a question that are used; None: all.
-      weights: constants of the loss weights.
-      is_pretraining: whether questions are those of the first stage.
 
     Raises:
       Refused: (a ValueError) the media cannot be read, an annotation does not fit them, or the visual
@@ -65,16 +62,14 @@ def prepare(example: types.Example, model: config.Molmo2Config, inputs: config.I
     Source: reference: olmo/preprocessing/multimodal_preprocessor.py.
     """
     with _refusing(ledger.MEDIA):
-        crops, view = media.see(example, model, inputs, tokenizer, rng=rng,
-                                high_res=high_res_share if train else 0.0)
+        crops, media = media_lib.see(example, model, inputs, tokenizer, rng=rng,
+                                     high_res=high_res_share if asking.train else 0.0)
     with _refusing(ledger.ANNOTATION):
-        branches = formats.to_branches(_asked(example, point_modes), frames_or_sizes=view, rng=rng,
-                                       train=train, num_templates=num_templates, weights=weights,
-                                       is_pretraining=is_pretraining)
-        places = rng.permutation(len(branches)) if train else range(len(branches))
+        branches = formats.to_branches(_asked(example, point_modes), media=media, rng=rng, asking=asking)
+        places = rng.permutation(len(branches)) if asking.train else range(len(branches))
         branches = [_weighted(branches[place], weight) for place in places]
         result = sequences.build(crops, branches, tokenizer, max_tokens=max_tokens,
-                                 length_factor=weights.length_factor)
+                                 length_factor=asking.weights.length_factor)
     with _refusing(ledger.SIZE):
         return result if max_tokens is None else sequences.truncate(result, max_tokens)
 
@@ -83,8 +78,8 @@ def _asked(example: types.Example, point_modes: tuple[str, ...]) -> types.Exampl
     if not point_modes:
         return example
     return dataclasses.replace(example, annotations=tuple(
-        {**annotation, "modes": point_modes} if annotation["type"] == "points" else annotation
-        for annotation in example.annotations))
+        dataclasses.replace(one, modes=point_modes) if isinstance(one, annotations.Points) else one
+        for one in example.annotations))
 
 
 def _weighted(branch: types.Branch, weight: types.LossWeight | float | None) -> types.Branch:
@@ -120,8 +115,7 @@ class Preparer:
 
     Runs in worker processes, so it holds nothing but plain values.
 
-    max_tokens, max_crops, max_visual_tokens: budgets of a row. num_templates, weights, is_pretraining: as in
-    `prepare`.
+    max_tokens, max_crops, max_visual_tokens: budgets of a row.
     killers: (data set, index) that must not be touched again, as they kill the process.
     careful: numbers among which such an example is suspected: results leave the process one by one.
     """
@@ -134,9 +128,7 @@ class Preparer:
     max_tokens: int
     max_crops: int
     max_visual_tokens: int
-    num_templates: int | None = None
-    weights: formats.Weights = formats.Weights()
-    is_pretraining: bool = False
+    asking: formats.Asking = formats.Asking()
     killers: frozenset[tuple[int, int]] = frozenset()
     careful: range = range(0)
 
@@ -164,11 +156,9 @@ class Preparer:
         Raises:
           Refused: it cannot be used, or is too large.
         """
-        result = prepare(example, self.model, self.inputs, self.tokenizer, rng, max_tokens=self.max_tokens,
-                         weight=member.weight, high_res_share=member.high_res_share,
-                         point_modes=member.point_modes,
-                         num_templates=self.num_templates, weights=self.weights,
-                         is_pretraining=self.is_pretraining)
+        result = prepare(example, self.model, self.inputs, self.tokenizer, rng, asking=self.asking,
+                         max_tokens=self.max_tokens, weight=member.weight,
+                         high_res_share=member.high_res_share, point_modes=member.point_modes)
         for what, used, limit in (("crops", len(result.patches), self.max_crops),
                                   ("visual tokens", len(result.pooled), self.max_visual_tokens)):
             if used > limit:

@@ -74,7 +74,7 @@ class Vocabulary(seqio.Vocabulary):
 
 def register(mixture: str, *, model: config.Molmo2Config, inputs: config.InputConfig,
              tokenizer: tokenizers.Tokenizer, max_tokens: int | None = None,
-             weights: formats.Weights = formats.Weights(), is_pretraining: bool = False,
+             asking: formats.Asking = formats.Asking(),
              mixtures: Mapping[str, task_lib.Mixture] = task_lib.MIXTURES,
              tasks: Mapping[str, task_lib.Task] = task_lib.TASKS) -> str:
     """Returns the name under which seqio now knows a mixture; its tasks are molmo2_MIXTURE_TASK.
@@ -89,7 +89,7 @@ def register(mixture: str, *, model: config.Molmo2Config, inputs: config.InputCo
     examples = {member.task: _read(member.task, tasks[member.task].folder) for member in members}
     rates = task_lib.rates(mixtures[mixture], {task: len(found) for task, found in examples.items()})
     prepare = functools.partial(preparation.prepare, model=model, inputs=inputs, tokenizer=tokenizer,
-                                max_tokens=max_tokens, weights=weights, is_pretraining=is_pretraining)
+                                max_tokens=max_tokens, asking=asking)
     names = {}
     for member in members:
         names[member.task] = f"{PREFIX}{mixture}_{''.join(c if c.isalnum() else '_' for c in member.task)}"

@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 
-from data_pipelines import sources
+from data_pipelines import annotations
 from molmo2_jax import types
 
 
@@ -41,7 +41,7 @@ class Member:
       pretend number of examples, sqrt(factor).
     weight: replaces the loss weights of the examples (LossWeight), or only their scale (a number).
     high_res_share: of single images that are cut into up to InputConfig.high_res_crops crops.
-    point_modes: take the place of what annotations of points ask for (sources.POINT_MODES); (): as they say.
+    point_modes: take the place of the modes of points (annotations.POINT_MODES); (): their own.
     """
     task: str
     sampling_rate: float = 1.0
@@ -57,8 +57,8 @@ class Member:
             raise ValueError(f"root_size_factor must be >= 0; got {self.root_size_factor} for {self.task}")
         if not 0 <= self.high_res_share <= 1:
             raise ValueError(f"high_res_share must lie in [0, 1]; got {self.high_res_share} for {self.task}")
-        if not set(self.point_modes) <= set(sources.POINT_MODES):
-            raise ValueError(f"point_modes must be of {', '.join(sources.POINT_MODES)}; "
+        if not set(self.point_modes) <= set(annotations.POINT_MODES):
+            raise ValueError(f"point_modes must be of {', '.join(annotations.POINT_MODES)}; "
                              f"got {self.point_modes} for {self.task}")
 
     def size(self, examples: int) -> float:

@@ -49,7 +49,7 @@ def check(folder: str) -> list[str]:
         for problems in tqdm.tqdm(checking.problems(examples, model, inputs, tokenizer),
                                   total=len(examples), desc=folder, unit="record"):
             found += [f"{folder}/{problem}" for problem in problems]
-    kinds = collections.Counter(one["type"] for example in examples for one in example.annotations)
+    kinds = collections.Counter(one.type for example in examples for one in example.annotations)
     print(f"{folder}: {len(examples)} good lines; annotations: "
           + (", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "none")
           + f"; problems: {len(found) or 'none'}")

@@ -13,7 +13,6 @@ from data_pipelines.formats import templates
 from molmo2_jax import config
 from molmo2_jax import types
 from molmo2_jax.inputs import image
-from molmo2_jax.inputs import media
 from molmo2_jax.inputs import prompt
 from molmo2_jax.inputs import video
 
@@ -22,7 +21,7 @@ _MARKUP = re.compile("|".join(map(re.escape, prompt.RESERVED)))  # single ids, n
 
 def texts(folders: Sequence[str | pathlib.Path], inputs: config.InputConfig, *,
           most_examples: int = 250, num_templates: int | None = None) -> Iterator[str]:
-    """Yields times of frames, questions and answers with their chat markup, then every prompt template.
+    """Yields times of frames, questions and answers with their chat markup, then templates.FAMILIES.
 
     Args:
       most_examples: of each folder, the first ones.
@@ -34,12 +33,12 @@ def texts(folders: Sequence[str | pathlib.Path], inputs: config.InputConfig, *,
     for folder in folders:
         examples = sources.read_jsonl(pathlib.Path(folder) / "annotations.jsonl")[:most_examples]
         for number, example in enumerate(examples):
-            view = _view(example, inputs)
-            if isinstance(view, types.Frames):
+            media = _media(example, inputs)
+            if media.is_video:
                 yield from (prompt.frame_time_text(second, place == 0)
-                            for place, second in enumerate(view.seconds))
-            branches = formats.to_branches(example, frames_or_sizes=view, train=True,
-                                           rng=np.random.default_rng(number), num_templates=num_templates)
+                            for place, second in enumerate(media.seconds))
+            branches = formats.to_branches(example, media=media, rng=np.random.default_rng(number),
+                                           asking=formats.Asking(num_templates=num_templates))
             for branch in branches:
                 yield from _spoken(branch.turns)
     for question in _all_templates():
@@ -52,18 +51,16 @@ def _spoken(turns: Sequence[str]) -> Iterator[str]:
         yield from filter(None, _MARKUP.split(text))
 
 
-def _view(example: types.Example, inputs: config.InputConfig) -> media.View:
+def _media(example: types.Example, inputs: config.InputConfig) -> types.Media:
     """Returns what a format needs to know about media, without decoding a video."""
     if example.video is None:
-        return tuple(image.load(path).shape[1::-1] for path in example.images)
+        return types.Media(sizes=tuple(image.load(path).shape[1::-1] for path in example.images))
     index = video.index(example.video)
     duration = video.clip_span(index, example.clip)[1]
-    return types.Frames(pixels=np.zeros((0, 0, 0, 3), np.uint8), width=index.width, height=index.height,
-                        seconds=video.sample_seconds(duration, inputs.max_frames, inputs.max_fps),
-                        duration=duration, fps=index.fps)
+    return types.Media(sizes=((index.width, index.height),), duration=duration, fps=index.fps,
+                       seconds=video.sample_seconds(duration, inputs.max_frames, inputs.max_fps))
 
 
 def _all_templates() -> Iterator[str]:
-    families = (value for name, value in vars(templates).items() if name.isupper())
-    for template in itertools.chain.from_iterable(families):
+    for template in itertools.chain.from_iterable(templates.FAMILIES.values()):
         yield template.format(label="object", medium="video", selection="image 1", fps=2, start="")

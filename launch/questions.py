@@ -1,6 +1,7 @@
 """Annotations as questions with known answers: joins the formats and scores of data_pipelines, which
 know no model, to molmo2_jax.evaluate, which knows no annotations."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,12 +11,9 @@ from data_pipelines.scoring import suite
 from molmo2_jax import evaluate
 from molmo2_jax import generate
 from molmo2_jax import types
-from molmo2_jax.inputs import media
-
-WITHOUT_SCORE = ("caption", "chat")
 
 
-def ask(example: types.Example, view: media.View, *, is_pretraining: bool = False
+def ask(example: types.Example, media: types.Media, *, is_pretraining: bool = False
         ) -> list[generate.Question]:
     """Returns what the annotations that have a score ask, in plain wording; `about` is the annotation.
 
@@ -24,12 +22,12 @@ def ask(example: types.Example, view: media.View, *, is_pretraining: bool = Fals
     Raises:
       ValueError: an annotation does not fit the media.
     """
-    found = formats.format_example(example, frames_or_sizes=view, rng=np.random.default_rng(0),
-                                   train=False, is_pretraining=is_pretraining)
+    found = formats.format_example(example, media=media, rng=np.random.default_rng(0),
+                                   asking=dataclasses.replace(formats.PLAIN, is_pretraining=is_pretraining))
     pairs = zip(found.branches, (example.annotations[number] for number in found.annotations),
                 strict=True)
     return [generate.Question(turns=branch.turns[:-1], about=annotation)
-            for branch, annotation in pairs if annotation["type"] not in WITHOUT_SCORE]
+            for branch, annotation in pairs if suite.SCORES[type(annotation)]]
 
 
 def score(answered: Sequence[evaluate.Answered]) -> dict[str, float]:
@@ -38,7 +36,4 @@ def score(answered: Sequence[evaluate.Answered]) -> dict[str, float]:
 
 
 def _for_suite(one: evaluate.Answered) -> suite.Answered:
-    is_video = isinstance(one.view, types.Frames)
-    sizes = ((one.view.width, one.view.height),) if is_video else tuple(one.view)
-    return suite.Answered(annotation=one.question.about, answer=one.answer.text, sizes=sizes,
-                          duration=one.view.duration if is_video else None)
+    return suite.Answered(annotation=one.question.about, answer=one.answer.text, media=one.media)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipelines import annotations
 from data_pipelines import formats
 from data_pipelines import pipeline
 from launch import questions
@@ -54,24 +55,26 @@ def _place(annotations: Sequence, wanted: Any) -> int:
 class Case(NamedTuple):
     """One answer with what it is about."""
     example: types.Example
-    annotation: Mapping[str, Any]
+    annotation: annotations.Annotation
     place: int              # of the annotation in the example
     question: str
     answer: str
 
     @property
     def kind(self) -> str:
-        if self.annotation["type"] == "tracks":
+        if isinstance(self.annotation, annotations.Tracks):
             return "tracks"
-        if self.annotation["type"] == "points" and self.annotation["mode"] != "count":
+        if isinstance(self.annotation, annotations.Points) and self.annotation.mode != "count":
             return "video" if self.example.video else "image"
         return "words"
 
     @property
     def variety(self) -> Any:
         """What the shown cases should differ in: the number of objects, or the type of question."""
-        objects = self.annotation.get("points") or self.annotation.get("tracks")
-        return len(objects) if objects else self.annotation["type"]
+        one = self.annotation
+        objects = one.points if isinstance(one, annotations.Points) else (
+            one.tracks if isinstance(one, annotations.Tracks) else ())
+        return len(objects) or one.type
 
 
 def cases(examples: Sequence[types.Example], rows: Sequence[Mapping]) -> list[Case]:
@@ -97,35 +100,35 @@ def choose(found: Sequence[Case], kind: str, most: int) -> list[Case]:
 
 def shown(case: Case, inputs: config_lib.InputConfig) -> report.Shown:
     """Returns a case drawn: frames with the true and the predicted points, and its score."""
-    pixels, view = _media(case.example, inputs)
-    truth = _truth(case, view)
-    wanted, given = (generate.read_points(text, view)[0] for text in (truth, case.answer))
-    if isinstance(view, types.Frames):
-        frames = list(_video_frames(case.example, view, wanted, given))
+    pixels, media = _media(case.example, inputs)
+    truth = _truth(case, media)
+    wanted, given = (generate.read_points(text, media)[0] for text in (truth, case.answer))
+    if media.is_video:
+        frames = list(_video_frames(case.example, media, wanted, given))
     else:
         frames = [pictures.draw(one, predicted=_marks(given, number), true=_marks(wanted, number),
                                 label=f"image {number}" if len(pixels) > 1 else "", short_side=SIDE)
                   for number, one in enumerate(pixels, 1)]
     return report.Shown(question=case.question, answer=case.answer, truth=truth, frames=frames,
-                        score=_score(case, view))
+                        score=_score(case, media))
 
 
 def shown_track(case: Case, inputs: config_lib.InputConfig) -> report.Shown:
     """Returns a tracked clip as contact sheet and animation."""
-    _, view = _media(case.example, inputs)
-    truth = _truth(case, view)
-    wanted, given = (_by_time(generate.read_points(text, view)[1]) for text in (truth, case.answer))
-    times = [time for time in sorted(wanted) if time <= view.duration + 0.05] or [0.0]
+    _, media = _media(case.example, inputs)
+    truth = _truth(case, media)
+    wanted, given = (_by_time(generate.read_points(text, media)[1]) for text in (truth, case.answer))
+    times = [time for time in sorted(wanted) if time <= media.duration + 0.05] or [0.0]
     stills = _frames_at(case.example, times)
     sheet = pictures.track(stills, [given.get(time, {}) for time in times],
                            true=[wanted.get(time, {}) for time in times],
                            labels=[f"{time:.1f} s" for time in times], short_side=SIDE)
-    seconds = np.arange(0, view.duration, 1 / ANIMATION_FPS)
+    seconds = np.arange(0, media.duration, 1 / ANIMATION_FPS)
     moving = pictures.track(_frames_at(case.example, seconds),
                             [_between(given, second) for second in seconds],
                             labels=[f"{second:.1f} s" for second in seconds], short_side=2 * SIDE)
     return report.Shown(
-        question=case.question, answer=case.answer, truth=truth, score=_score(case, view),
+        question=case.question, answer=case.answer, truth=truth, score=_score(case, media),
         frames=[pictures.contact_sheet(sheet, columns=min(3, len(sheet)))], animation=moving,
         seconds=1 / ANIMATION_FPS,
         caption="Right: the times at which the model gave points, with the true places as rings. Left: the "
@@ -133,15 +136,15 @@ def shown_track(case: Case, inputs: config_lib.InputConfig) -> report.Shown:
 
 
 def _media(example: types.Example, inputs: config_lib.InputConfig
-           ) -> tuple[Sequence[np.ndarray], types.Frames | tuple]:
+           ) -> tuple[Sequence[np.ndarray], types.Media]:
     """Returns (frames or images at their own size, what answers are relative to)."""
     if example.video:
         frames = video.read(example.video, max_frames=inputs.max_frames, fps=inputs.max_fps,
                             clip=example.clip, tracking_fps=example.tracking_fps,
                             max_tracking_fps=inputs.max_tracking_fps)
-        return frames.pixels, frames
+        return frames.pixels, frames.media
     pixels = [image.load(path) for path in example.images]
-    return pixels, tuple(one.shape[1::-1] for one in pixels)
+    return pixels, types.Media(sizes=tuple(one.shape[1::-1] for one in pixels))
 
 
 def _frames_at(example: types.Example, times: Sequence[float]) -> np.ndarray:
@@ -150,25 +153,25 @@ def _frames_at(example: types.Example, times: Sequence[float]) -> np.ndarray:
                       clip=example.clip).pixels
 
 
-def _truth(case: Case, view) -> str:
-    found = formats.format_example(case.example, frames_or_sizes=view, train=False,
-                                   rng=np.random.default_rng(0))
+def _truth(case: Case, media: types.Media) -> str:
+    found = formats.format_example(case.example, media=media, rng=np.random.default_rng(0),
+                                   asking=formats.PLAIN)
     return found.branches[found.annotations.index(case.place)].turns[-1]
 
 
-def _score(case: Case, view) -> float | None:
+def _score(case: Case, media: types.Media) -> float | None:
     """Returns the headline score of this one answer."""
     question = generate.Question(turns=(case.question,), about=case.annotation)
-    one = evaluate.Answered(example=case.example, view=view, question=question,
+    one = evaluate.Answered(example=case.example, media=media, question=question,
                             answer=generate.Answer(text=case.answer))
     scores = questions.score([one])
     return next((value for ending in HEADLINES for name, value in scores.items()
                  if name.endswith(ending)), None)
 
 
-def _video_frames(example, view, wanted, given) -> Iterator[np.ndarray]:
+def _video_frames(example, media, wanted, given) -> Iterator[np.ndarray]:
     """Yields the frames of all times that the truth or the answer names; the first frame if none is."""
-    named = {point.index for point in (*wanted, *given) if 0 <= point.index <= view.duration + 0.05}
+    named = {point.index for point in (*wanted, *given) if 0 <= point.index <= media.duration + 0.05}
     times = sorted(named)[:MOST_FRAMES] or [0.0]
     frames = _frames_at(example, times)
     for time, pixels in zip(times, frames, strict=True):
@@ -255,7 +258,7 @@ def _curves(lines: Sequence[Mapping]) -> dict[str, dict[str, report.Curve]]:
 def commands(workdir: str, examples: Sequence[types.Example], spelt: Callable[[str], str]) -> str:
     """Returns what to try next, a command per line; `spelt` shortens a path."""
     clip = next(example for example in examples if example.video)
-    label = next(one["label"] for one in clip.annotations if "label" in one)
+    label = next(one.label for one in clip.annotations if hasattr(one, "label"))
     python = spelt(sys.executable)
     ask = f"{python} -m launch.generate --model={workdir} --video={spelt(clip.video)}"
     return "\n".join((

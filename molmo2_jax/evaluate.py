@@ -15,20 +15,19 @@ import tqdm
 
 from molmo2_jax import generate
 from molmo2_jax import types
-from molmo2_jax.inputs import media
 
 MOST_WASTE = 2            # a compiled row size serves batches that need at least half its tokens and crops
 DRAWS_PER_EXAMPLE = 1024  # so that what is sampled does not depend on which examples share a batch
 
-# (example, Frames without pixels or sizes of images) -> questions, each with what the score needs in `about`.
-Ask = Callable[[types.Example, media.View], Sequence[generate.Question]]
+# (example, its media) -> questions, each with what the score needs in `about`.
+Ask = Callable[[types.Example, types.Media], Sequence[generate.Question]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answered:
     """One question with its answer."""
     example: types.Example
-    view: media.View
+    media: types.Media
     question: generate.Question
     answer: generate.Answer
 
@@ -92,11 +91,11 @@ def _windows(answerer, examples, ask: Ask, window: int, readers: int) -> Iterato
         example = examples[index]
         try:
             began = time.perf_counter()
-            crops, view = answerer.see(example)
-            questions = tuple(ask(example, view))
+            crops, media = answerer.see(example)
+            questions = tuple(ask(example, media))
             if not questions:
                 return _Read(index, example, None)
-            return _Read(index, example, answerer.ask(crops, view, questions, time.perf_counter() - began))
+            return _Read(index, example, answerer.ask(crops, media, questions, time.perf_counter() - began))
         except (ValueError, OSError) as error:
             return _Read(index, example, None, f"{example.key or index}: {error}")
 
@@ -133,6 +132,7 @@ def _answer(answerer, batch: Sequence[_Read], rows: int) -> dict[int, list[Answe
     needed = generate.Shape(*(max(sizes) for sizes in zip(*map(generate.shape_of, prompts))))
     answers = answerer.run(prompts, choose_shape(needed, answerer.shapes), rows,
                            [read.index * DRAWS_PER_EXAMPLE for read in batch])
-    return {read.index: [Answered(example=read.example, view=read.prompt.view, question=question, answer=one)
+    return {read.index: [Answered(example=read.example, media=read.prompt.media, question=question,
+                                  answer=one)
                          for question, one in zip(read.prompt.questions, row)]
             for read, row in zip(batch, answers)}

@@ -20,7 +20,7 @@ from molmo2_jax import config as configs
 from molmo2_jax import decode
 from molmo2_jax import types
 from molmo2_jax.hf import checkpoint as hf_checkpoint
-from molmo2_jax.inputs import media
+from molmo2_jax.inputs import media as media_lib
 from molmo2_jax.inputs import packing
 from molmo2_jax.inputs import points as points_lib
 from molmo2_jax.inputs import sequence as sequences
@@ -86,7 +86,7 @@ class Prompt(NamedTuple):
     tree: types.Sequence
     last: tuple[int, ...]          # position in the tree of each question's last token
     questions: tuple[Question, ...]
-    view: media.View               # Frames without pixels, or sizes of images
+    media: types.Media
     read_seconds: float
 
 
@@ -233,21 +233,18 @@ class Answerer:
     def prompt(self, example: types.Example, questions: Sequence[Question | str]) -> Prompt:
         """Returns the questions about one visual input, ready for `run`; raises as `answer`."""
         start = time.perf_counter()
-        crops, view = self.see(example)
-        return self.ask(crops, view, questions, time.perf_counter() - start)
+        crops, media = self.see(example)
+        return self.ask(crops, media, questions, time.perf_counter() - start)
 
-    def see(self, example: types.Example) -> tuple[types.Crops | None, media.View]:
+    def see(self, example: types.Example) -> tuple[types.Crops | None, types.Media]:
         """Returns the crops of the media and what answers are relative to."""
-        crops, view = media.see(example, self.config, self.inputs, self.tokenizer)
-        if isinstance(view, types.Frames):
-            view = dataclasses.replace(view, pixels=view.pixels[:0])
-        return crops, view
+        return media_lib.see(example, self.config, self.inputs, self.tokenizer)
 
-    def ask(self, crops, view: media.View, questions, read_seconds: float = 0.0) -> Prompt:
+    def ask(self, crops, media: types.Media, questions, read_seconds: float = 0.0) -> Prompt:
         """Returns the prompt of questions about media that were seen; raises as `answer`."""
         questions = tuple(Question(turns=(one,)) if isinstance(one, str) else one for one in questions)
         tree, last = question_tree(crops, questions, self.tokenizer)
-        prompt = Prompt(tree, last, questions, view, read_seconds)
+        prompt = Prompt(tree, last, questions, media, read_seconds)
         self._check_length(prompt)
         return prompt
 
@@ -301,9 +298,9 @@ class Answerer:
         root = int((tree.branch < 0).sum())
         new = self._limit(prompt.questions[worst])
         remedy = "shorten the question or lower max_new_tokens"
-        if isinstance(prompt.view, types.Frames):
-            remedy = f"lower max_frames (now {len(prompt.view.seconds)} frames) or max_new_tokens"
-        elif prompt.view:
+        if prompt.media.is_video:
+            remedy = f"lower max_frames (now {len(prompt.media.seconds)} frames) or max_new_tokens"
+        elif prompt.media.sizes:
             remedy = f"lower max_crops (now {self.inputs.max_crops} per image), images or max_new_tokens"
         raise ValueError(
             f"prompt and answer must fit {limit} positions; got {needed[worst]} tokens ({root} for the "
@@ -312,22 +309,22 @@ class Answerer:
     def _read(self, prompt: Prompt, answers: decode.Answers, row: int, q: int, seconds: float) -> Answer:
         length = int(answers.length[row, q])
         text = stops.cut(self.tokenizer.decode(answers.tokens[row, q, :length]), self.stop)
-        found, tracks = read_points(text, prompt.view)
+        found, tracks = read_points(text, prompt.media)
         return Answer(
             text=text, points=found, tracks=tracks, is_complete=bool(answers.ended[row, q]),
             prompt_tokens=int(prompt.tree.positions[prompt.last[q]]) + 1, new_tokens=length,
-            logprob=float(answers.logprob[row, q]), is_video=isinstance(prompt.view, types.Frames),
+            logprob=float(answers.logprob[row, q]), is_video=prompt.media.is_video,
             seconds={"read": prompt.read_seconds, "answer": seconds})
 
 
-def read_points(text: str, view: media.View) -> tuple[tuple[points_lib.Point, ...],
-                                                      tuple[points_lib.Tracked, ...]]:
+def read_points(text: str, media: types.Media) -> tuple[tuple[points_lib.Point, ...],
+                                                        tuple[points_lib.Tracked, ...]]:
     """Returns (points, tracks) in an answer, in pixels of the video or of the image they name."""
-    if isinstance(view, types.Frames):
-        found = points_lib.parse_points(text, view.width, view.height)
-        tracks = points_lib.parse_tracks(text, view.width, view.height, view.fps) if "<tracks" in text else ()
-        return tuple(found), tuple(tracks)
-    return tuple(points_lib.parse_points(text, sizes=view)) if view else (), ()
+    if media.is_video:
+        [size] = media.sizes
+        tracks = points_lib.parse_tracks(text, *size, media.fps) if "<tracks" in text else ()
+        return tuple(points_lib.parse_points(text, *size)), tuple(tracks)
+    return tuple(points_lib.parse_points(text, sizes=media.sizes)) if media.sizes else (), ()
 
 
 def answer(params, config: configs.Molmo2Config, inputs: configs.InputConfig,

@@ -8,7 +8,6 @@ A visual token refers to patches by `crop * P + patch`, counted over all crops o
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,10 +29,11 @@ class LossWeight:
 class Example:
     """One visual input with all its annotations, as read from a data set; nothing is decoded yet.
 
-    `annotations` are validated plain mappings; data_pipelines.formats turns each into a Branch once
-    the sampled times and the size of the media are known. At most one of `video` and `images` is set.
+    `annotations` are those of data_pipelines.annotations, opaque here; data_pipelines.formats turns each into
+    a Branch once the sampled times and the size of the media are known. At most one of `video` and `images`
+    is set.
     """
-    annotations: tuple[Mapping[str, Any], ...]
+    annotations: tuple[Any, ...]
     video: str | None = None                    # path
     images: tuple[str, ...] = ()                # paths
     clip: tuple[float, float] | None = None     # seconds
@@ -54,6 +54,22 @@ class Branch:
     weight: LossWeight = LossWeight()
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Media:
+    """What annotations and answers are relative to: a video or images as the model sees them, without pixels.
+
+    Text alone has no sizes. Only a video has `seconds`.
+    """
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels of each image, or of the one video
+    seconds: np.ndarray | None = None        # float64[N] of the frames shown, from the start of the clip
+    duration: float = 0.0                    # of the clip, seconds
+    fps: float = 0.0                         # average rate of the source video
+
+    @property
+    def is_video(self) -> bool:
+        return self.seconds is not None
+
+
 @dataclasses.dataclass(frozen=True)
 class Frames:
     """Frames of one video as shown at `seconds` (relative to the clip's start)."""
@@ -64,21 +80,11 @@ class Frames:
     duration: float          # of the clip, seconds
     fps: float               # average rate of the source video
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Media:
-    """What annotations and answers are relative to: a video or images as the model sees them, without pixels.
-
-    Text alone has no sizes. Only a video has `seconds`.
-    """
-    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels of each image, or of the one video
-    seconds: np.ndarray | None = None        # float64[N] at which frames are shown, from the start of the clip
-    duration: float = 0.0                    # of the clip, seconds
-    fps: float = 0.0                         # average rate of the source video
-
     @property
-    def is_video(self) -> bool:
-        return self.seconds is not None
+    def media(self) -> Media:
+        """Returns what annotations and answers are relative to."""
+        return Media(sizes=((self.width, self.height),), seconds=self.seconds, duration=self.duration,
+                     fps=self.fps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,13 +20,13 @@ class Echo:
         if "broken" in example.key:
             raise ValueError(f"{example.video}: is empty")
         time.sleep(0.001 * (len(example.key) % 3))
-        return None, ((int(example.source or 100), 10),)
+        return None, types.Media(sizes=((int(example.source or 100), 10),))
 
-    def ask(self, crops, view, questions, read_seconds):
-        length, zeros = view[0][0], np.zeros(1, np.int32)
+    def ask(self, crops, media, questions, read_seconds):
+        length, zeros = media.sizes[0][0], np.zeros(1, np.int32)
         tree = types.Sequence(np.zeros(length, np.int32), zeros, zeros, zeros, zeros, zeros,
                               np.zeros((2, 1, 1), np.uint8), np.zeros((4, 1), np.int32))
-        return generate.Prompt(tree, (0,) * len(questions), tuple(questions), view, read_seconds)
+        return generate.Prompt(tree, (0,) * len(questions), tuple(questions), media, read_seconds)
 
     def run(self, prompts, shape, rows, draws):
         assert all(shape.covers(generate.shape_of(prompt)) for prompt in prompts) and len(prompts) <= rows
@@ -43,9 +43,9 @@ def examples(*sizes, broken=()):
                           source=str(size)) for n, size in enumerate(sizes)]
 
 
-def ask(example, view):
+def ask(example, media):
     number = int(example.key.split()[1])
-    return [generate.Question(turns=(f"{number}.{k}",), about=view[0][0]) for k in range(number % 4)]
+    return [generate.Question(turns=(f"{number}.{k}",), about=media.sizes[0][0]) for k in range(number % 4)]
 
 
 def count(answered):
@@ -59,7 +59,7 @@ def test_every_question_is_answered_and_the_answers_keep_the_order_of_the_exampl
     expected = [f"{n}.{k}" for n in range(30) for k in range(n % 4)]
     assert [one.question.turns[0] for one in result.answered] == expected
     assert result.scores == {"right": 1.0, "examples": len(expected)}
-    assert [one.question.about for one in result.answered] == [one.view[0][0] for one in result.answered]
+    assert all(one.question.about == one.media.sizes[0][0] for one in result.answered)
     assert result.refused == ()
 
 

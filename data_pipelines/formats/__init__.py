@@ -1,14 +1,15 @@
-"""Validated annotations -> branches: what the model is asked about a visual input and should answer.
+"""Annotations -> branches: what the model is asked about a visual input and should answer.
 
-One small function per type of annotation (points.py, tracks.py, questions.py); this file chooses among them,
+One small function per kind of annotation (points.py, tracks.py, questions.py); this file chooses among them,
 sets loss weights and the order of branches.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from data_pipelines import annotations
 from data_pipelines.formats import points
 from data_pipelines.formats import questions
 from data_pipelines.formats import tracks
@@ -17,14 +18,14 @@ from molmo2_jax import types
 from molmo2_jax.inputs import prompt
 
 # The style of an annotation, then its turns; None if nothing is left of it at the times shown.
-_ASK: dict[str, Callable[[Mapping, views.View], tuple[str, ...] | None]] = {
-    "points": points.ask_points,
-    "count": points.ask_count,
-    "tracks": tracks.ask_tracks,
-    "qa": questions.ask_qa,
-    "chat": questions.ask_chat,
-    "choice": questions.ask_choice,
-    "caption": questions.ask_caption,
+ASK: dict[type[annotations.Annotation], Callable[..., tuple[str, ...] | None]] = {
+    annotations.Points: points.ask_points,
+    annotations.Count: points.ask_count,
+    annotations.Tracks: tracks.ask_tracks,
+    annotations.QA: questions.ask_qa,
+    annotations.Chat: questions.ask_chat,
+    annotations.Choice: questions.ask_choice,
+    annotations.Caption: questions.ask_caption,
 }
 
 
@@ -47,6 +48,29 @@ class Weights:
             raise ValueError(f"weights must be >= 0 and length_factor > 0; got {self}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How annotations become questions.
+
+    train: random wording and layouts; else the plain ones.
+    num_templates: use only the first so many templates of each family; None: all. With 1, multiple choice has
+      the layout of evaluation.
+    is_pretraining: questions of the first stage: no templates, and prefixes that say how long answers are.
+    weights: of answers without a weight of their own.
+    """
+    train: bool = True
+    num_templates: int | None = None
+    is_pretraining: bool = False
+    weights: Weights = Weights()
+
+    def __post_init__(self):
+        if self.num_templates is not None and self.num_templates < 1:
+            raise ValueError(f"num_templates must be >= 1; got {self.num_templates}")
+
+
+PLAIN = Asking(train=False)  # as evaluation asks
+
+
 @dataclasses.dataclass(frozen=True)
 class Formatted:
     """Branches in the order of the annotations; annotations[i] is the index of the one branch i came from,
@@ -59,40 +83,33 @@ class Formatted:
     dropped: tuple[int, ...]
 
 
-def format_example(example: types.Example, *, frames_or_sizes: types.Frames | Sequence[tuple[int, int]],
-                   rng: np.random.Generator | np.random.RandomState, train: bool,
-                   num_templates: int | None = None, weights: Weights = Weights(),
-                   is_pretraining: bool = False) -> Formatted:
+def format_example(example: types.Example, *, media: types.Media,
+                   rng: np.random.Generator | np.random.RandomState, asking: Asking) -> Formatted:
     """Returns the branches of an example and where they came from. The caller shuffles them for training.
 
     Args:
-      frames_or_sizes: the Frames of a video, or (width, height) in pixels of each image; () for text.
+      media: of the example, as the model sees them.
       rng: draws templates, layouts and selections of images.
-      train: random wording and layouts; else the plain ones.
-      num_templates: use only the first so many templates of each family; None: all. With 1, multiple choice
-        has the layout of evaluation.
-      weights: of answers without a weight of their own.
-      is_pretraining: questions of the first stage: no templates, and prefixes that say how long answers are.
 
     Raises:
       ValueError: naming example and annotation, if a point lies outside its frame, or the declared size is
         not that of the media.
     """
-    view = _view(example, frames_or_sizes, rng, train, num_templates, is_pretraining)
+    view = _view(example, media, rng, asking)
     asked, dropped = [], []
     for number, annotation in enumerate(example.annotations):
         try:
-            found = _ASK[annotation["type"]](annotation, view)
+            found = ASK[type(annotation)](annotation, view)
         except ValueError as error:
             raise ValueError(f"{example.key}: annotations[{number}]: {error}") from error
         if found is None:
             dropped.append(number)
             continue
         style, question, *rest = found
-        if isinstance(annotation.get("prompt"), str):
-            question = annotation["prompt"]
-        asked.append((number, style, (question, *rest), _weight(annotation, view, weights)))
-    if train and example.dialogue_share and rng.uniform() < example.dialogue_share:
+        if isinstance(annotation.prompt, str):
+            question = annotation.prompt
+        asked.append((number, style, (question, *rest), _weight(annotation, view, asking.weights)))
+    if asking.train and example.dialogue_share and rng.uniform() < example.dialogue_share:
         asked = _one_conversation(asked)
     branches = [types.Branch(turns=_prefixed(style, turns, view), weight=weight)
                 for _, style, turns, weight in asked]
@@ -115,25 +132,22 @@ def to_branches(example: types.Example, **how) -> tuple[types.Branch, ...]:
     return format_example(example, **how).branches
 
 
-def _view(example, frames_or_sizes, rng, train, num_templates, is_pretraining) -> views.View:
-    is_video = isinstance(frames_or_sizes, types.Frames)
-    sizes = tuple(frames_or_sizes) if not is_video else (
-        (frames_or_sizes.width, frames_or_sizes.height),)
-    if is_video != (example.video is not None) or not is_video and len(sizes) != len(example.images):
-        raise ValueError(f"{example.key}: needs the Frames of its video, or one size for each of its "
-                         f"{len(example.images)} images; got {type(frames_or_sizes).__name__} with {sizes}")
-    if num_templates is not None and num_templates < 1:
-        raise ValueError(f"num_templates must be >= 1; got {num_templates}")
-    return views.View(sizes=sizes, seconds=frames_or_sizes.seconds if is_video else None, rng=rng,
-                      train=train, num_templates=num_templates, is_pretraining=is_pretraining)
+def _view(example, media: types.Media, rng, asking: Asking) -> views.View:
+    is_video = example.video is not None
+    if media.is_video != is_video or not is_video and len(media.sizes) != len(example.images):
+        raise ValueError(f"{example.key}: media must be its video, or have one size for each of its "
+                         f"{len(example.images)} images; got {'a video' if media.is_video else 'images'} "
+                         f"with sizes {media.sizes}")
+    return views.View(media=media, rng=rng, train=asking.train, num_templates=asking.num_templates,
+                      is_pretraining=asking.is_pretraining)
 
 
-def _weight(annotation: Mapping, view: views.View, weights: Weights) -> types.LossWeight:
+def _weight(annotation: annotations.Annotation, view: views.View, weights: Weights) -> types.LossWeight:
     """Returns the annotation's own loss weight or that of the recipe."""
-    if "weight" in annotation:
-        return annotation["weight"]
-    if annotation["type"] in ("points", "tracks"):
+    if annotation.weight is not None:
+        return annotation.weight
+    if isinstance(annotation, (annotations.Points, annotations.Tracks)):
         return types.LossWeight(scale=weights.pointing, by_length=False, by_branches=False)
-    if annotation["type"] == "caption" and view.medium == "video":
+    if isinstance(annotation, annotations.Caption) and view.medium == "video":
         return types.LossWeight(scale=weights.video_captions, by_length=False, by_branches=False)
     return types.LossWeight(by_length=weights.by_length, by_branches=weights.by_branches)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from data_pipelines import annotations
 from data_pipelines.formats import templates
 from data_pipelines.formats import view as views
 from molmo2_jax.inputs import points
@@ -17,7 +18,7 @@ _FORMS = {  # mode: (templates, templates naming a selection of images, style su
 ALL_IMAGES = "all images"
 
 
-def ask_points(annotation: Mapping, view: views.View) -> tuple[str, str, str] | None:
+def ask_points(annotation: annotations.Points, view: views.View) -> tuple[str, str, str] | None:
     """Returns (style, question, answer) of an annotation of type points; None if a point is at no time shown.
 
     Raises:
@@ -25,26 +26,26 @@ def ask_points(annotation: Mapping, view: views.View) -> tuple[str, str, str] | 
     """
     selection = _select_images(annotation, view)
     groups = {}
-    for point in annotation["points"]:
-        if selection is not None and point["image"] not in selection:
+    for point in annotation.points:
+        if selection is not None and point.image not in selection:
             continue
-        index = view.shown(point["time"]) if view.seconds is not None else point["image"]
+        index = view.shown(point.time) if view.media.is_video else point.image
         if index is None:
             return None
-        groups.setdefault(index, []).append(views.relative(annotation, point, view.sizes))
-    label, modes = _label(annotation, view), annotation["modes"]
+        groups.setdefault(index, []).append(annotations.relative(annotation, point, view.media))
+    label, modes = _label(annotation, view), annotation.modes
     mode = modes[view.below(len(modes))] if view.train and len(modes) > 1 else modes[0]
     style, question = _question(mode, label, _selection_text(selection, view), view)
-    asked = annotation.get("prompt")  # perhaps one for each mode
+    asked = annotation.prompt  # perhaps one for each mode
     question = asked.get(mode, question) if isinstance(asked, Mapping) else question
-    return annotation.get("style", style), question, _answer(mode, sorted(groups.items()), label)
+    return annotation.style or style, question, _answer(mode, sorted(groups.items()), label)
 
 
-def ask_count(annotation: Mapping, view: views.View) -> tuple[str, str, str]:
+def ask_count(annotation: annotations.Count, view: views.View) -> tuple[str, str, str]:
     """Returns (style, question, answer) of an annotation of type count."""
     label = _label(annotation, view)
     selection = ALL_IMAGES if view.medium == "images" else None
-    return *_question("count", label, selection, view), points.format_count(annotation["count"])
+    return *_question("count", label, selection, view), points.format_count(annotation.count)
 
 
 def _answer(mode: str, groups, label: str) -> str:
@@ -67,25 +68,25 @@ def _question(mode: str, label: str, selection: str | None, view: views.View) ->
     return style, template.format(label=label, medium=view.medium, selection=selection)
 
 
-def _label(annotation, view: views.View) -> str:
+def _label(annotation: annotations.Points | annotations.Count, view: views.View) -> str:
     """Returns the phrase as the model sees it: lower case for single images, as in the released models."""
-    return annotation["label"].lower() if view.medium == "image" else annotation["label"]
+    return annotation.label.lower() if view.medium == "image" else annotation.label
 
 
-def _select_images(annotation, view: views.View) -> set[int] | None:
+def _select_images(annotation: annotations.Points, view: views.View) -> set[int] | None:
     """Returns the numbers of the images asked about; in training often not all of several."""
-    if view.seconds is not None:
+    if view.media.is_video:
         return None
-    everything = range(1, len(view.sizes) + 1)
-    if not view.train or len(view.sizes) == 1 or "prompt" in annotation or view.rng.uniform() < 0.5:
-        return set(everything)
-    number = 1 + view.below(len(view.sizes))
-    return {int(i) + 1 for i in view.rng.permutation(len(view.sizes))[:number]}
+    total = len(view.media.sizes)
+    if not view.train or total == 1 or annotation.prompt is not None or view.rng.uniform() < 0.5:
+        return set(range(1, total + 1))
+    number = 1 + view.below(total)
+    return {int(i) + 1 for i in view.rng.permutation(total)[:number]}
 
 
 def _selection_text(selection: set[int] | None, view: views.View) -> str | None:
-    if selection is None or len(view.sizes) == 1:
+    if selection is None or len(view.media.sizes) == 1:
         return None
-    if len(selection) == len(view.sizes):
+    if len(selection) == len(view.media.sizes):
         return ALL_IMAGES
     return ", ".join(f"image_{number}" for number in sorted(selection))

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_pipelines import masks
-from data_pipelines.formats import view
+from data_pipelines import annotations
 from data_pipelines.scoring import hits
+from molmo2_jax import types
 from molmo2_jax.inputs import points
 
 
@@ -24,33 +24,31 @@ class PointTarget:
 
     points: (index, x, y), index an image number or seconds, pixels.
     masks: per point, bool[H, W] by image number or by seconds rounded to one decimal, as answers write them.
-    sizes: (width, height) of every image, or of the video.
-    duration: of the video's clip in seconds; None for images.
+    media: the images, or the video.
     """
     points: tuple[tuple[float, float, float], ...]
     masks: tuple[Mapping[float, np.ndarray], ...]
-    sizes: tuple[tuple[int, int], ...]
-    duration: float | None = None
+    media: types.Media
 
 
-def target(annotation: Mapping, *, sizes: Sequence[tuple[int, int]], duration: float | None) -> PointTarget:
-    """Returns the target of a validated annotation of type points (data_pipelines.sources).
+def target(annotation: annotations.Points, media: types.Media) -> PointTarget:
+    """Returns the target of points.
 
     Raises:
       ValueError: a point has no mask, so nobody can tell what hits it.
     """
     found, shapes = [], []
-    for point in annotation["points"]:
-        x, y = view.relative(annotation, point, sizes)
-        width, height = sizes[point.get("image", 1) - 1]
-        index = point["time"] if duration is not None else point["image"]
+    for point in annotation.points:
+        x, y = annotations.relative(annotation, point, media)
+        width, height = media.sizes[point.place]
+        index = point.time if media.is_video else point.image
         found.append((float(index), x * width, y * height))
-        shapes.append({_key(mask["time"] if duration is not None else mask["image"]): masks.decode(mask)
-                       for mask in annotation["masks"] if mask["id"] == point["id"]})
+        shapes.append({_key(mask.time if media.is_video else mask.image): mask.decode()
+                       for mask in annotation.masks if mask.id == point.id})
         if not shapes[-1]:
-            raise ValueError(f"scoring points needs a mask of every object; got none of id {point['id']} "
-                             f"({annotation['label']})")
-    return PointTarget(points=tuple(found), masks=tuple(shapes), sizes=tuple(sizes), duration=duration)
+            raise ValueError(f"scoring points needs a mask of every object; got none of id {point.id} "
+                             f"({annotation.label})")
+    return PointTarget(points=tuple(found), masks=tuple(shapes), media=media)
 
 
 def _key(index: float) -> float:
@@ -66,8 +64,8 @@ def score(targets: Sequence[PointTarget], answers: Sequence[str]) -> dict[str, f
 
 def read(target: PointTarget, answer: str) -> list[tuple[float, float, float]]:
     """Returns (index, x, y) of the points in an answer, in pixels."""
-    sizes = target.sizes if target.duration is None else None
-    width, height = (None, None) if sizes else target.sizes[0]
+    sizes = None if target.media.is_video else target.media.sizes
+    width, height = (None, None) if sizes else target.media.sizes[0]
     found = points.parse_points(answer, width, height, sizes=sizes)
     return [(point.index, point.x, point.y) for point in found]
 
@@ -77,7 +75,7 @@ def score_points(target: PointTarget, predicted: Sequence[tuple[float, float, fl
     is_hit = np.array([[_is_hit(target, g, p) for p in predicted] for g in range(len(target.points))], bool)
     found = hits.most_hits(is_hit) if is_hit.size else 0
     row = _named(hits.precision_recall_f1(found, len(predicted), len(target.points)), "")
-    if target.duration is not None or len(target.sizes) == 1:
+    if target.media.is_video or len(target.media.sizes) == 1:
         row |= _named(reference_scores(target, predicted), "_reference")
     return row | {"valid": float(len(predicted) > 0)}
 
@@ -110,9 +108,9 @@ def reference_scores(target: PointTarget, predicted) -> tuple[float, float, floa
 def _spread(target: PointTarget, rows) -> np.ndarray:
     """Returns the coordinates in which the reference measures distance: percent for videos, else pixels."""
     rows = np.asarray(rows, np.float64)
-    if target.duration is None:
+    if not target.media.is_video:
         return rows[:, 1:]
-    width, height = target.sizes[0]
-    percent = [[round(100 * float(value) / size, 1)
-                for value, size in zip(row, (target.duration, width, height), strict=True)] for row in rows]
+    scales = (target.media.duration, *target.media.sizes[0])
+    percent = [[round(100 * float(value) / scale, 1) for value, scale in zip(row, scales, strict=True)]
+               for row in rows]
     return np.array(percent)

@@ -17,9 +17,9 @@ import numpy as np
 from scipy import ndimage
 from scipy import optimize
 
-from data_pipelines import masks
-from data_pipelines.formats import view
+from data_pipelines import annotations
 from data_pipelines.scoring import hits
+from molmo2_jax import types
 from molmo2_jax.inputs import points
 
 XY = tuple[float, float]
@@ -42,39 +42,39 @@ class TrackTarget:
     fps: float
 
 
-def target(annotation: Mapping, *, size: tuple[int, int]) -> TrackTarget:
-    """Returns the target of a validated annotation of type tracks, at its rate of points per second.
+def target(annotation: annotations.Tracks, media: types.Media) -> TrackTarget:
+    """Returns the target of tracks, at their rate of points per second.
 
     Annotated times off the grid of that rate are left out, as in the answer the model learns.
 
     Raises:
       ValueError: a visible point has no mask.
     """
-    fps = annotation["fps"]
+    fps, (width, height) = annotation.fps, media.sizes[0]
     frames: dict[int, dict] = {}
     shapes: dict[int, dict] = {}
-    for mask in annotation["masks"]:
-        if _is_on_grid(mask["time"], fps):
-            shapes.setdefault(round(mask["time"] * fps), {})[mask["id"]] = masks.decode(mask)
-    for track in annotation["tracks"]:
-        for point in track["points"]:
-            if not _is_on_grid(point["time"], fps):
+    for mask in annotation.masks:
+        if _is_on_grid(mask.time, fps):
+            shapes.setdefault(round(mask.time * fps), {})[mask.id] = mask.decode()
+    for track in annotation.tracks:
+        for point in track.points:
+            if not _is_on_grid(point.time, fps):
                 continue
-            frame = round(point["time"] * fps)
+            frame = round(point.time * fps)
             visible = frames.setdefault(frame, {})
-            if point["occluded"]:
+            if point.occluded:
                 continue
-            if track["id"] not in shapes.get(frame, {}):
+            if track.id not in shapes.get(frame, {}):
                 raise ValueError(f"scoring tracks needs a mask at every visible point; got none of id "
-                                 f"{track['id']} at {point['time']} seconds ({annotation['label']})")
-            x, y = view.relative(annotation, point, [size])
-            visible[track["id"]] = (x * size[0], y * size[1])
-    objects = tuple(track["id"] for track in annotation["tracks"])
-    return TrackTarget(objects=objects, points=frames, masks=shapes, width=size[0], height=size[1], fps=fps)
+                                 f"{track.id} at {point.time} seconds ({annotation.label})")
+            x, y = annotations.relative(annotation, point, media)
+            visible[track.id] = (x * width, y * height)
+    objects = tuple(track.id for track in annotation.tracks)
+    return TrackTarget(objects=objects, points=frames, masks=shapes, width=width, height=height, fps=fps)
 
 
 def _is_on_grid(seconds: float, fps: float) -> bool:
-    return abs(round(seconds * fps) / fps - seconds) <= view.TIME_TOLERANCE
+    return abs(round(seconds * fps) / fps - seconds) <= annotations.TIME_TOLERANCE
 
 
 def score(targets: Sequence[TrackTarget], answers: Sequence[str]) -> dict[str, float]:

@@ -190,7 +190,8 @@ def read_choice(text: str, shown: Shown, options: Sequence[str] | None = None) -
     """
     text = answer_part(text)
     for texts in (shown.lines, shown.names, options or ()):
-        equal = [number for number, one in enumerate(texts) if text and _plain(text) == _plain(one)]
+        equal = [number for number, one in enumerate(texts)
+                 if text and _without_dots_and_spaces(text) == _without_dots_and_spaces(one)]
         if len(equal) == 1:
             return equal[0]
     mentioned = [number for number, name in enumerate(shown.names) if _mentions(text, name)]
@@ -205,7 +206,8 @@ def _mentions(text: str, name: str, behind: str = r"(?!\w)") -> bool:
     return bool(name.strip()) and bool(re.search(rf"(?<!\w){re.escape(name)}{behind}", text))
 
 
-def _plain(text: str) -> str:
+def _without_dots_and_spaces(text: str) -> str:
+    """Returns the text in lower case with single spaces, without dots and spaces at its end."""
     return " ".join(text.lower().split()).rstrip(". ")
 
 

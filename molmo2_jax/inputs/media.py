@@ -1,7 +1,5 @@
 """The media of an example as the model will see them: files to crops, for training and for answering."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from molmo2_jax import config as configs
@@ -11,15 +9,13 @@ from molmo2_jax.inputs import time_limit
 from molmo2_jax.inputs import video
 from molmo2_jax.inputs import video_file
 
-# What annotations and answers are relative to: the Frames of a video, or (width, height) of each image.
-View = types.Frames | Sequence[tuple[int, int]]
-
 
 def see(example: types.Example, config: configs.Molmo2Config, inputs: configs.InputConfig, tokenizer, *,
-        rng: np.random.Generator | None = None, high_res: float = 0.0) -> tuple[types.Crops | None, View]:
-    """Returns the Crops of an example's media, and its Frames or the (width, height) of its images.
+        rng: np.random.Generator | None = None, high_res: float = 0.0
+        ) -> tuple[types.Crops | None, types.Media]:
+    """Returns the Crops of an example's media (None without media), and the media without their pixels.
 
-    Without media they are None and (). Frames are read at the size of a crop.
+    Frames are read at the size of a crop.
 
     Args:
       high_res: probability that a single image is cut into `high_res_crops` tiles; 0 and 1 need no rng.
@@ -29,15 +25,15 @@ def see(example: types.Example, config: configs.Molmo2Config, inputs: configs.In
         not fit the configs.
     """
     if example.video is None and not example.images:
-        return None, ()
+        return None, types.Media()
     limit = inputs.max_read_seconds
     late = video_file.too_slow(example.video or ", ".join(example.images), limit)
     if example.video is not None:
         frames = time_limit.within(limit, lambda: _frames(example, config, inputs), late)
-        return image.crops_of_frames(frames, config, inputs, tokenizer, example.subtitles), frames
+        return image.crops_of_frames(frames, config, inputs, tokenizer, example.subtitles), frames.media
     pixels = time_limit.within(limit, lambda: [image.load(path) for path in example.images], late)
     crops = image.crops_of_images(pixels, config, inputs, tokenizer, high_res=high_res, rng=rng)
-    return crops, tuple((one.shape[1], one.shape[0]) for one in pixels)
+    return crops, types.Media(sizes=tuple((one.shape[1], one.shape[0]) for one in pixels))
 
 
 def _frames(example, config, inputs) -> types.Frames:

@@ -5,7 +5,6 @@ import pytest
 
 from data_pipelines import formats
 from data_pipelines import sources
-from data_pipelines.formats import requests
 from data_pipelines.formats import templates
 from molmo2_jax import types
 from molmo2_jax.inputs import points
@@ -14,14 +13,16 @@ HALF_SECONDS = np.append(np.arange(6) / 2, 2.9)
 
 
 def frames(seconds=HALF_SECONDS, width=640, height=480):
-    return types.Frames(
-        pixels=np.zeros((len(seconds), 1, 1, 3), np.uint8),
+    return types.Media(
+        sizes=((width, height),),
         seconds=np.asarray(seconds, float),
-        width=width,
-        height=height,
         duration=float(seconds[-1]),
         fps=30.0,
     )
+
+
+def stills(*sizes):
+    return types.Media(sizes=sizes)
 
 
 @pytest.fixture
@@ -41,10 +42,9 @@ def parse(tmp_path):
 def turns(example, media=None, seed=0, train=False, **how):
     branches = formats.to_branches(
         example,
-        frames_or_sizes=frames() if media is None else media,
+        media=frames() if media is None else media,
         rng=np.random.default_rng(seed),
-        train=train,
-        **how,
+        asking=formats.Asking(train=train, **how),
     )
     return [branch.turns for branch in branches]
 
@@ -86,9 +86,9 @@ def test_a_video_point_moves_to_the_nearest_frame_of_a_sparse_sampling_but_not_f
     assert '"1.2 1 ' in turns(parse(video_points(1.0)), sparse)[0][1]
     made = formats.format_example(
         parse(video_points(0.0), video_points(0.0, 1.7)),
-        frames_or_sizes=sparse,
+        media=sparse,
         rng=np.random.default_rng(0),
-        train=False,
+        asking=formats.PLAIN,
     )
     assert (made.annotations, made.dropped, len(made.branches)) == ((0,), (1,), 1)
 
@@ -117,14 +117,14 @@ def test_each_mode_has_its_sentence_and_one_for_none(parse, mode, answer):
 
 
 def test_labels_of_single_images_are_lower_case_in_question_and_answer(parse):
-    [(question, answer)] = turns(parse(image_points(1), images=["a.png"]), [(100, 100)])
+    [(question, answer)] = turns(parse(image_points(1), images=["a.png"]), stills((100, 100)))
     assert question == "Point to the mug."
     assert answer == '<points coords="1 1 100 200">mug</points>'
 
 
 def test_each_image_of_a_set_has_its_own_size(parse):
     [(question, answer)] = turns(
-        parse(image_points(2, 1), images=["a.png", "b.png"]), [(100, 100), (40, 40)]
+        parse(image_points(2, 1), images=["a.png", "b.png"]), stills((100, 100), (40, 40))
     )
     assert question == "In all images, point to the Mug."
     assert answer == '<points coords="1 1 100 200;2 2 500 500">Mug</points>'
@@ -134,7 +134,7 @@ def test_training_asks_about_some_images_and_answers_for_those_alone(parse):
     example = parse(image_points(3, 1, 2, mode="point_count"), images=["a.png", "b.png", "c.png"])
     selections = set()
     for seed in range(150):
-        [(question, answer)] = turns(example, [(100, 100)] * 3, seed, train=True, num_templates=1)
+        [(question, answer)] = turns(example, stills(*[(100, 100)] * 3), seed, train=True, num_templates=1)
         named = [n for n in (1, 2, 3) if f"image_{n}" in question] or [1, 2, 3]
         assert ("all images" in question) == (len(named) == 3)
         assert [point.index for point in points.parse_points(answer, 100, 100)] == named
@@ -183,9 +183,9 @@ def test_hidden_objects_are_left_out_and_tracks_with_nothing_left_are_dropped(pa
     never_visible = tracks(track(1, (0.5, 1, 1, True)), mode="single_point")
     made = formats.format_example(
         parse(unseen, hidden, never_visible, tracks(CAT)),
-        frames_or_sizes=frames(),
+        media=frames(),
         rng=np.random.default_rng(0),
-        train=False,
+        asking=formats.PLAIN,
     )
     assert (made.annotations, made.dropped) == ((3,), (0, 1, 2))
     assert turns(parse(tracks()))[0][1] == "There are none."
@@ -225,7 +225,7 @@ def test_default_weights_are_those_of_the_recipe(parse):
     count = {"type": "count", "label": "x", "count": 2}
     example = parse(video_points(0.0), tracks(CAT), caption, question, count, {**question, "weight": 3})
     branches = formats.to_branches(
-        example, frames_or_sizes=frames(), rng=np.random.default_rng(0), train=True
+        example, media=frames(), rng=np.random.default_rng(0), asking=formats.Asking()
     )
     flat = [(b.weight.scale, b.weight.by_length, b.weight.by_branches) for b in branches]
     assert flat == [
@@ -237,7 +237,10 @@ def test_default_weights_are_those_of_the_recipe(parse):
         (3.0, True, True),
     ]
     [still] = formats.to_branches(
-        parse(caption, images=["a.png"]), frames_or_sizes=[(9, 9)], rng=np.random.default_rng(0), train=True
+        parse(caption, images=["a.png"]),
+        media=stills((9, 9)),
+        rng=np.random.default_rng(0),
+        asking=formats.Asking(),
     )
     assert still.weight == types.LossWeight()
 
@@ -262,10 +265,10 @@ def test_a_declared_size_must_be_that_of_the_media(parse):
 
 
 def test_media_that_do_not_fit_the_example_are_refused(parse):
-    with pytest.raises(ValueError, match="f:1: needs the Frames of its video"):
-        turns(parse(video_points(0.0)), [(640, 480)])
+    with pytest.raises(ValueError, match="f:1: media must be its video"):
+        turns(parse(video_points(0.0)), stills((640, 480)))
     with pytest.raises(ValueError, match="one size for each of its 1 images"):
-        turns(parse(image_points(1), images=["a.png"]), [(9, 9), (9, 9)])
+        turns(parse(image_points(1), images=["a.png"]), stills((9, 9), (9, 9)))
 
 
 def test_everything_random_comes_from_the_generator(parse):
@@ -290,6 +293,14 @@ def test_one_template_per_family_can_be_asked_for(parse):
         turns(parse(video_points(0.0)), num_templates=0)
 
 
+def test_every_family_of_templates_is_listed_once():
+    listed = {**templates.FAMILIES, **templates.PUBLISHED}
+    assert len(listed) == len(templates.FAMILIES) + len(templates.PUBLISHED)
+    tables = {"FAMILIES", "PUBLISHED"}
+    assert listed == {name: value for name, value in vars(templates).items()
+                      if name.isupper() and name not in tables}
+
+
 def test_templates_differ_and_hold_what_they_must():
     needed = {
         "POINT": {"label"},
@@ -300,7 +311,7 @@ def test_templates_differ_and_hold_what_they_must():
         "LONG_CAPTION": set(),
         "SHORT_CAPTION": set(),
     }
-    families = {name: family for name, family in vars(templates).items() if name.isupper()}
+    families = templates.FAMILIES
     for name, family in families.items():
         required = {"label", "selection"} if name.startswith("MULTI") else needed.get(name, {"label"})
         assert len(set(family)) == len(family) >= 3
@@ -316,7 +327,7 @@ def test_pretraining_asks_by_style_and_label_and_says_how_long_the_answer_is(par
     example = parse(image_points(1), image_points(1, mode="point_count"),
                     image_points(1, style="cosyn_point"), caption, {**caption, "style": "transcript"}, chat,
                     images=["a.png"])
-    asked = [turns(example, [(100, 100)], seed, train=True, is_pretraining=True) for seed in range(60)]
+    asked = [turns(example, stills((100, 100)), seed, train=True, is_pretraining=True) for seed in range(60)]
     assert {tuple(question for question, _ in branches[:3]) for branches in asked} == {
         ("pointing: mug", "point_count: mug", "cosyn_point: mug")}
     for place, style in ((3, "long_caption"), (4, "transcript")):
@@ -324,7 +335,7 @@ def test_pretraining_asks_by_style_and_label_and_says_how_long_the_answer_is(par
         told = [int(length) for length in lengths if length]
         assert 40 <= len(told) < 60 and all(50 <= length <= 70 for length in told) and len(set(told)) > 3
     assert {branches[5][0][-4:] for branches in asked} == {": Hi"}
-    plain = turns(example, [(100, 100)], is_pretraining=True)
+    plain = turns(example, stills((100, 100)), is_pretraining=True)
     assert plain[3][0] == "long_caption 65:" and plain[5][0] == "text_sft 65: Hi"
 
 
@@ -332,8 +343,8 @@ def test_pretraining_weighs_every_answer_token_alike(parse):
     weights = formats.Weights(pointing=1, video_captions=1, by_length=False, by_branches=False)
     example = parse(video_points(0.0), {"type": "caption", "text": "t"},
                     {"type": "qa", "question": "q", "answer": "a"})
-    branches = formats.to_branches(example, frames_or_sizes=frames(), rng=np.random.default_rng(0),
-                                   train=True, weights=weights)
+    branches = formats.to_branches(example, media=frames(), rng=np.random.default_rng(0),
+                                   asking=formats.Asking(weights=weights))
     flat = types.LossWeight(scale=1, by_length=False, by_branches=False)
     assert [branch.weight for branch in branches] == [flat] * 3
 
@@ -405,16 +416,16 @@ def test_annotations_may_be_turns_of_one_conversation_at_some_uses(parse):
     points_first = ("Point to the Red Cars.", '<points coords="0.0 1 100 200">Red Cars</points>')
     assert set(joined) == {(*points_first, "q", "a")}
     assert len(turns(example)) == 2 and turns(example)[1][0] == "vqa2: q"
-    made = formats.format_example(example, frames_or_sizes=frames(), rng=np.random.default_rng(4), train=True)
+    made = formats.format_example(example, media=frames(), rng=np.random.default_rng(4),
+                                   asking=formats.Asking())
     weights = [branch.weight.scale for branch in made.branches]
     assert (weights, made.annotations) in (([0.2, 1.0], (0, 1)), ([0.2], (0,)))
 
 
-def test_requests_differ_and_hold_what_they_must():
+def test_templates_of_published_data_differ_and_hold_what_they_must():
     needed = {"SHORT_ANSWER": {"question"}, "OBJECT_CAPTION": {"object"}, "FRAME_CAPTION": {"time"},
               "CLIP_CAPTION": {"start", "end"}, "CLIP_TRANSCRIPT": {"start", "end"}}
-    families = {name: family for name, family in vars(requests).items() if name.isupper()}
-    for name, family in families.items():
+    for name, family in templates.PUBLISHED.items():
         required = needed.get(name, set())
         assert len(set(family)) == len(family) >= 3
         for template in family:

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 import pytest
 
+from data_pipelines import annotations
 from data_pipelines import formats
 from data_pipelines import ledger
 from data_pipelines import pipeline
@@ -367,7 +368,7 @@ def test_an_example_is_a_pure_function_of_index_and_epoch(folder, tokenizer):
 
 
 def test_a_mixture_may_replace_loss_weights(folder, tokenizer):
-    example = types.Example(annotations=({"type": "qa", "question": "Sky?", "answer": "blue"},))
+    example = types.Example(annotations=(annotations.QA(question="Sky?", answer="blue"),))
 
     def weight_of(weight):
         rng = preparation.generator(0, 0)
@@ -378,7 +379,7 @@ def test_a_mixture_may_replace_loss_weights(folder, tokenizer):
 
 def test_a_mixture_may_ask_for_numbers_in_place_of_points(folder, tokenizer):
     example = next(one for one in sources.read_jsonl(folder / "annotations.jsonl")
-                   if {"points"} == {annotation["type"] for annotation in one.annotations[:2]})
+                   if {"points"} == {annotation.type for annotation in one.annotations[:2]})
     example = dataclasses.replace(example, annotations=example.annotations[:2])
 
     def learnt(**how):
@@ -391,16 +392,23 @@ def test_a_mixture_may_ask_for_numbers_in_place_of_points(folder, tokenizer):
 
 
 def test_constants_of_loss_weights_are_settings(folder, tokenizer):
-    qa = {"type": "qa", "question": "Sky?", "answer": "blue"}
+    qa = annotations.QA(question="Sky?", answer="blue")
 
-    def weights_of(annotations, **constants):
-        example = types.Example(annotations=annotations)
+    def weights_of(asked, **constants):
+        example = types.Example(annotations=asked)
         return preparation.prepare(example, MODEL, INPUTS, tokenizer, preparation.generator(0, 0),
-                                   weights=formats.Weights(**constants)).weights.max()
+                                   asking=formats.Asking(weights=formats.Weights(**constants))).weights.max()
     assert weights_of((qa,), length_factor=4.0) == pytest.approx(2 * weights_of((qa,)), rel=1e-6)
     assert weights_of((qa, qa), length_factor=4.0) == pytest.approx(2 * weights_of((qa, qa)), rel=1e-6)
     with pytest.raises(ValueError, match="length_factor > 0"):
         formats.Weights(length_factor=0.0)
+
+
+def test_how_to_ask_is_what_the_settings_say():
+    weights = formats.Weights(pointing=1.0)
+    data = data_config("x", num_templates=2, is_pretraining=True, weights=weights)
+    assert data.asking() == formats.Asking(num_templates=2, is_pretraining=True, weights=weights)
+    assert data_config("x").asking() == formats.Asking()
 
 
 @pytest.mark.parametrize("fields, rule", [

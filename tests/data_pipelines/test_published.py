@@ -30,7 +30,7 @@ def test_rows_of_parquet_files_become_records_and_their_images_files(tmp_path):
     number, errors = schemas.convert("chart_qa", rows, tmp_path)
     examples = sources.read_jsonl(tmp_path / "annotations.jsonl")
     assert (number, len(examples), errors) == (80, 80, [])
-    assert examples[7].annotations[0]["question"] == "Max 7?"
+    assert examples[7].annotations[0].question == "Max 7?"
     contents = sorted(path.read_bytes() for path in (tmp_path / "media").iterdir())
     assert contents == [b"picture 0", b"picture 1", b"picture 2"]
     assert all(path.suffix == ".png" for path in (tmp_path / "media").iterdir())

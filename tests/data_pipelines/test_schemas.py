@@ -12,6 +12,7 @@ from data_pipelines import tasks
 from data_pipelines.schemas import media
 from molmo2_jax import types
 
+VIDEO = types.Media(sizes=((640, 480),), seconds=np.arange(7) / 2, duration=3.0, fps=6.0)
 A = {"image_sha256": "a", "label": "Mug"}
 POINT_ROW = {"video_id": "v", "video_duration": 3.0, "clip_start": None, "clip_end": None, "label": "ball",
              "count": 2, "two_fps_timestamps": [0.5, 1.0],
@@ -154,11 +155,9 @@ def folder(tmp_path):
 
 def turns_of(example):
     """Returns the conversations about an example whose media have 640 x 480 pixels and last 3 seconds."""
-    view = ((640, 480),) * len(example.images)
-    if example.video:
-        view = types.Frames(pixels=np.zeros((7, 0, 0, 3), np.uint8), seconds=np.arange(7) / 2, width=640,
-                            height=480, duration=3.0, fps=6.0)
-    branches = formats.to_branches(example, frames_or_sizes=view, rng=np.random.default_rng(0), train=False)
+    media = VIDEO if example.video else types.Media(sizes=((640, 480),) * len(example.images))
+    branches = formats.to_branches(example, media=media, rng=np.random.default_rng(0),
+                                   asking=formats.PLAIN)
     return [branch.turns for branch in branches]
 
 
@@ -175,8 +174,8 @@ def test_loss_weights_of_chart_qa_favour_questions_by_people(folder):
     row = {"image_id": "a", "query": "Max?", "label": "7"}
     schemas.convert("chart_qa", [row | {"human_or_machine": kind} for kind in (0, 1)], folder)
     human, generated = sources.read_jsonl(folder / "annotations.jsonl")
-    assert human.annotations[0]["weight"].scale == pytest.approx(1.477, abs=1e-3)
-    assert generated.annotations[0]["weight"].scale == pytest.approx(0.523, abs=1e-3)
+    assert human.annotations[0].weight.scale == pytest.approx(1.477, abs=1e-3)
+    assert generated.annotations[0].weight.scale == pytest.approx(0.523, abs=1e-3)
 
 
 def test_an_image_with_many_points_is_divided(folder):
@@ -184,7 +183,7 @@ def test_an_image_with_many_points_is_divided(folder):
             for number in (40, 61, 20, 1)]
     schemas.convert("pixmo_points", rows, folder)
     examples = sources.read_jsonl(folder / "annotations.jsonl")
-    assert [[one["label"] for one in example.annotations] for example in examples] == [
+    assert [[one.label for one in example.annotations] for example in examples] == [
         ["40", "20"], ["40", "20"], ["1"], ["1"]]
 
 
@@ -195,7 +194,7 @@ def test_points_of_long_videos_are_asked_about_their_clip(folder):
     schemas.convert("video_point", rows, folder)
     [example] = sources.read_jsonl(folder / "annotations.jsonl")
     assert example.clip == (90.0, 150.0)
-    assert [point["time"] for point in example.annotations[0]["points"]] == [10.0, 11.0]
+    assert [point.time for point in example.annotations[0].points] == [10.0, 11.0]
 
 
 def test_records_without_media_are_left_out_and_named(folder):
@@ -214,12 +213,10 @@ def test_records_without_media_are_left_out_and_named(folder):
 def test_what_the_recipe_draws_at_every_use_is_drawn_then(folder):
     schemas.convert("video_point", [POINT_ROW], folder)
     [example] = sources.read_jsonl(folder / "annotations.jsonl")
-    view = types.Frames(pixels=np.zeros((7, 0, 0, 3), np.uint8), seconds=np.arange(7) / 2, width=640,
-                        height=480, duration=3.0, fps=6.0)
 
     def answers(example):
-        return {formats.to_branches(example, frames_or_sizes=view, rng=np.random.default_rng(seed),
-                                    train=True)[0].turns[1] for seed in range(12)}
+        return {formats.to_branches(example, media=VIDEO, rng=np.random.default_rng(seed),
+                                    asking=formats.Asking())[0].turns[1] for seed in range(12)}
     assert len({answer.startswith("Counting") for answer in answers(example)}) == 2
     schemas.convert("video_choice", [{"video_id": "v", "Question": "?", "Answer": "yes",
                                       "NegativeAnswers": ["no"]}], folder)
@@ -252,7 +249,7 @@ def test_rows_that_do_not_fit_leave_the_others_of_their_image(folder):
             ValueError("line 7"), {"question": "?"}]
     number, errors = schemas.convert("ask_model_anything", rows, folder)
     [example] = sources.read_jsonl(folder / "annotations.jsonl")
-    assert number == 1 and [one["answer"] for one in example.annotations] == ["Ann"]
+    assert number == 1 and [one.answer for one in example.annotations] == ["Ann"]
     told = "\n".join(map(str, errors))
     for part in ("does not fit it (TypeError", "must have the column 'question'",
                  "annotations[0].answer: must be", "line 7", "must have the column 'id'"):
@@ -285,7 +282,7 @@ def test_times_of_a_clip_lie_on_its_own_grid(folder):
                        "two_fps_timestamps": [90.7, 91.6]}
     schemas.convert("video_point", [row], folder)
     [example] = sources.read_jsonl(folder / "annotations.jsonl")
-    assert [point["time"] for point in example.annotations[0]["points"]] == pytest.approx([0.5, 1.0])
+    assert [point.time for point in example.annotations[0].points] == pytest.approx([0.5, 1.0])
 
 
 def test_tracks_say_the_rate_that_decides_which_frames_are_shown(folder):
@@ -297,7 +294,7 @@ def test_images_with_many_points_are_a_set_of_their_own(folder):
     rows = [A | {"points": [], "label": kind, "collection_method": kind} for kind in ("pointing", "counting")]
     schemas.convert("pixmo_points", rows, folder, method="counting")
     examples = sources.read_jsonl(folder / "annotations.jsonl")
-    assert {one["label"] for example in examples for one in example.annotations} == {"counting"}
+    assert {one.label for example in examples for one in example.annotations} == {"counting"}
 
 
 def test_hardcoded_answers_stand_beside_media_of_all_kinds(folder):

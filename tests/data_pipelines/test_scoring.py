@@ -15,6 +15,7 @@ from data_pipelines.scoring import hits
 from data_pipelines.scoring import points
 from data_pipelines.scoring import suite
 from data_pipelines.scoring import tracks
+from molmo2_jax import types
 from molmo2_jax.inputs import video
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens" / "metrics" / "cases.json").read_text())
@@ -29,6 +30,10 @@ def box(height, width, corners):
     return mask
 
 
+def clip(width, height, duration):
+    return types.Media(sizes=((width, height),), seconds=np.zeros(1), duration=duration)
+
+
 # ---- pointing
 
 
@@ -41,8 +46,7 @@ def test_video_pointing_equals_the_recorded_reference(case):
     target = points.PointTarget(
         points=tuple(map(tuple, case["gt"])),
         masks=shapes,
-        sizes=((case["width"], case["height"]),),
-        duration=case["duration"],
+        media=clip(case["width"], case["height"], case["duration"]),
     )
     scores = points.score_points(target, [tuple(row) for row in case["pred"]])
     for name, expected in case["expected"].items():
@@ -54,7 +58,7 @@ def image_target(*corners, size=(100, 100)):
     return points.PointTarget(
         points=tuple((1.0, (x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in corners),
         masks=tuple({1.0: box(size[1], size[0], one)} for one in corners),
-        sizes=(size,),
+        media=types.Media(sizes=(size,)),
     )
 
 
@@ -93,7 +97,7 @@ def test_a_point_at_the_very_edge_is_on_the_last_pixel():
 
 def test_the_time_must_be_one_of_the_masks_as_answers_write_it():
     shapes = ({2.0: box(100, 100, (40, 40, 60, 60)), 2.4: box(100, 100, (40, 40, 60, 60))},)
-    target = points.PointTarget(points=((2.0, 50, 50),), masks=shapes, sizes=((100, 100),), duration=2.4167)
+    target = points.PointTarget(points=((2.0, 50, 50),), masks=shapes, media=clip(100, 100, 2.4167))
     for time, expected in (("2.0", 1), ("2.4", 1), ("2.2", 0)):
         assert points.score([target], [f'<points coords="{time} 1 500 500">x</points>'])["f1"] == expected
 
@@ -101,7 +105,7 @@ def test_the_time_must_be_one_of_the_masks_as_answers_write_it():
 def test_points_of_several_images_count_in_their_own_image():
     target = points.PointTarget(
         points=((1.0, 5, 5), (2.0, 5, 5)),
-        sizes=((10, 10), (20, 20)),
+        media=types.Media(sizes=((10, 10), (20, 20))),
         masks=({1.0: box(10, 10, (3, 3, 7, 7))}, {2.0: box(20, 20, (3, 3, 7, 7))}),
     )
     scores = points.score([target], ['<points coords="1 1 500 500;2 2 250 250;3 3 500 500">x</points>'])
@@ -306,18 +310,18 @@ def answered(tmp_path_factory):
     items = []
     for example in sources.read_jsonl(path):
         if example.video:
-            media = video.read(example.video, max_frames=128, size=(8, 8))
-            sizes, duration = ((media.width, media.height),), media.duration
+            media = video.read(example.video, max_frames=128, size=(8, 8)).media
         else:
-            media, duration = [Image.open(path).size for path in example.images], None
-            sizes = tuple(media)
+            media = types.Media(sizes=tuple(Image.open(path).size for path in example.images))
         made = formats.format_example(
-            example, frames_or_sizes=media, rng=np.random.default_rng(0), train=False
+            example, media=media, rng=np.random.default_rng(0), asking=formats.PLAIN
         )
         assert not made.dropped
         items += [
             suite.Answered(
-                annotation=example.annotations[n], answer=branch.turns[-1], sizes=sizes, duration=duration
+                annotation=example.annotations[n],
+                answer=branch.turns[-1],
+                media=media,
             )
             for n, branch in zip(made.annotations, made.branches, strict=True)
         ]
@@ -350,7 +354,7 @@ def test_empty_answers_score_nothing(answered):
     present = [
         dataclasses.replace(one, answer="")
         for one in answered
-        if one.annotation.get("points") != () and one.annotation.get("count") != 0
+        if getattr(one.annotation, "points", None) != () and getattr(one.annotation, "count", None) != 0
     ]
     for name, value in suite.score(present).items():
         if not name.endswith(("_examples", "_reference")):
@@ -361,8 +365,8 @@ def test_empty_answers_score_nothing(answered):
 
 def test_objects_without_masks_cannot_be_scored(answered):
     for kind in ("points", "tracks"):
-        one = next(one for one in answered if one.annotation["type"] == kind and one.annotation[kind])
-        bare = dataclasses.replace(one, annotation={**one.annotation, "masks": ()})
+        one = next(one for one in answered if getattr(one.annotation, kind, ()))
+        bare = dataclasses.replace(one, annotation=dataclasses.replace(one.annotation, masks=()))
         with pytest.raises(ValueError, match="scoring .* needs a mask"):
             suite.score([bare])
 

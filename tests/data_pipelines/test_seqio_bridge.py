@@ -11,6 +11,7 @@ from data_pipelines import sources
 from data_pipelines import tasks
 from data_pipelines.scoring import suite
 from molmo2_jax import config
+from molmo2_jax import types
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 seqio = pytest.importorskip("seqio", reason='the extra is missing: pip install -e ".[test,seqio]" (2.3 GB)')
@@ -88,7 +89,7 @@ def test_texts_and_ids_are_those_of_our_tokenizer(registered):
 def test_metrics_are_ours(registered):
     name, _, _, examples = registered
     [metric] = seqio.get_mixture_or_task(f"{name}_first").metric_fns
-    asked = [suite.Answered(annotation=annotation, answer="", sizes=())
+    asked = [suite.Answered(annotation=annotation, answer="", media=types.Media())
              for annotation in examples["first"][0].annotations]
     answered = [dataclasses.replace(one, answer="yes") for one in asked]
     assert metric(asked, ["yes", "yes"]) == suite.score(answered) != {}

@@ -10,14 +10,7 @@ from data_pipelines import sources
 from molmo2_jax import types
 
 DOC = pathlib.Path(__file__).parents[2] / "docs" / "data_format.md"
-VIDEO = types.Frames(
-    pixels=np.zeros((7, 1, 1, 3), np.uint8),
-    seconds=np.arange(7) / 2,
-    width=640,
-    height=480,
-    duration=3.0,
-    fps=30.0,
-)
+VIDEO = types.Media(sizes=((640, 480),), seconds=np.arange(7) / 2, duration=3.0, fps=30.0)
 EXAMPLES = re.findall(r"```json\n(.*?)```\s+```text\n(.*?)```", DOC.read_text(), re.DOTALL)
 
 
@@ -48,10 +41,9 @@ def test_every_example_of_the_document_reads_and_becomes_the_text_printed_under_
         path = write_lines(tmp_path, json.dumps(json.loads(source)))
         [example] = sources.read_jsonl(path)
         size = (4, 3) if "tiny" in source else (640, 480)
-        media = VIDEO if example.video else [size] * len(example.images)
-        branches = formats.to_branches(
-            example, frames_or_sizes=media, rng=np.random.default_rng(0), train=False
-        )
+        media = VIDEO if example.video else types.Media(sizes=(size,) * len(example.images))
+        branches = formats.to_branches(example, media=media, rng=np.random.default_rng(0),
+                                       asking=formats.PLAIN)
         spoken = [
             f"{who}: {turn}\n"
             for branch in branches
@@ -70,7 +62,7 @@ def test_every_annotation_type_has_an_example_in_the_document():
 def test_weights_of_the_document_are_those_it_explains(tmp_path):
     [source] = [source for source, _ in EXAMPLES if '"weight": 0.5' in source]
     [example] = sources.read_jsonl(write_lines(tmp_path, json.dumps(json.loads(source))))
-    assert [annotation["weight"] for annotation in example.annotations] == [
+    assert [annotation.weight for annotation in example.annotations] == [
         types.LossWeight(scale=0.5),
         types.LossWeight(scale=2.0),
         types.LossWeight(scale=0.3, by_length=False, by_branches=True),
@@ -88,7 +80,7 @@ def test_times_become_relative_to_the_clip(tmp_path):
     )
     [example] = sources.read_jsonl(path)
     assert example.clip == (3.5, 6.0)
-    assert example.annotations[0]["points"][0]["time"] == 0.5
+    assert example.annotations[0].points[0].time == 0.5
     assert example.subtitles == ((-0.5, 1.5, "hello"),)
     assert example.key == "annotations.jsonl:1"
     assert example.source == tmp_path.name

@@ -98,12 +98,11 @@ def folder(tmp_path_factory):
 
 def format_of(example, rng):
     """Returns the branches of an example whose media have 640 x 480 pixels and last 3 seconds."""
-    size = example.annotations[0].get("sizes") or ((640, 480),) * max(len(example.images), 1)
-    view = tuple(size) if example.images else ()
+    size = getattr(example.annotations[0], "sizes", None) or ((640, 480),) * max(len(example.images), 1)
+    media = types.Media(sizes=tuple(size) if example.images else ())
     if example.video:
-        view = types.Frames(pixels=np.zeros((7, 0, 0, 3), np.uint8), seconds=np.arange(7) / 2, width=640,
-                            height=480, duration=3.0, fps=30.0)
-    return formats.to_branches(example, frames_or_sizes=view, rng=rng, train=True)
+        media = types.Media(sizes=((640, 480),), seconds=np.arange(7) / 2, duration=3.0, fps=30.0)
+    return formats.to_branches(example, media=media, rng=rng, asking=formats.Asking())
 
 
 def test_damaged_lines_are_examples_or_named_errors(folder):

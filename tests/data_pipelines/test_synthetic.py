@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 
+from data_pipelines import annotations
 from data_pipelines import masks
 from data_pipelines import sources
 from data_pipelines import synthetic
@@ -62,7 +63,7 @@ def test_the_folder_reads_as_user_data_and_holds_videos_stills_and_sets_of_them(
     examples, _ = world
     kinds = {"video" if example.video else min(len(example.images), 2) for example in examples}
     assert kinds == {"video", 1, 2}
-    types = {annotation["type"] for example in examples for annotation in example.annotations}
+    types = {annotation.type for example in examples for annotation in example.annotations}
     assert types == set(synthetic_annotations.ANNOTATION_KINDS)
 
 
@@ -142,27 +143,26 @@ def test_points_tracks_and_counts_of_one_phrase_agree(world):
 
 
 def test_some_questions_ask_for_what_is_not_there(world):
-    absent = [
-        a for example in world[0] for a in example.annotations if a["type"] == "points" and not a["points"]
-    ]
-    assert absent
+    assert any(isinstance(one, annotations.Points) and not one.points
+               for example in world[0] for one in example.annotations)
 
 
 def test_right_options_of_multiple_choice_are_true_of_the_scene(world):
     asked = 0
     for example in world[0]:
         named = {
-            a["label"]
+            a.label
             for a in example.annotations
-            if a["type"] in ("points", "tracks")
-            and (a.get("points") or a.get("tracks"))
-            and a["label"].split()[0] in synthetic_scene.COLOURS
+            if isinstance(a, (annotations.Points, annotations.Tracks))
+            and (a.points if isinstance(a, annotations.Points) else a.tracks)
+            and a.label.split()[0] in synthetic_scene.COLOURS
         }
         for annotation in example.annotations:
-            if annotation["type"] == "choice" and annotation["question"].startswith("What color is the "):
-                kind = annotation["question"].removeprefix("What color is the ").rstrip("?")
+            is_choice = isinstance(annotation, annotations.Choice)
+            if is_choice and annotation.question.startswith("What color is the "):
+                kind = annotation.question.removeprefix("What color is the ").rstrip("?")
                 matching = {phrase.split()[0] for phrase in named if phrase.endswith(kind)}
-                assert matching <= {annotation["options"][annotation["answer"]]}
+                assert matching <= {annotation.options[annotation.answer]}
                 asked += len(matching)
     assert asked > 0
 

@@ -46,9 +46,9 @@ def questions(name, shipped, tmp_path_factory):
                            split="heldout", progress=False)
     asked = []
     for example in [one for one in sources.read_jsonl(path) if one.video][:CLIPS]:
-        crops, frames = media.see(example, config, inputs, tokenizer)
-        branch = formats.to_branches(example, frames_or_sizes=frames, rng=np.random.default_rng(0),
-                                     train=False)[0]
+        crops, seen = media.see(example, config, inputs, tokenizer)
+        branch = formats.to_branches(example, media=seen, rng=np.random.default_rng(0),
+                                     asking=formats.PLAIN)[0]
         branch = type(branch)(turns=branch.turns[:1])
         asked.append(sequence_lib.build(crops, [branch], tokenizer))
     assert len(asked) == CLIPS

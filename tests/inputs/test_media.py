@@ -36,10 +36,11 @@ def film(tmp_path):
     return str(tmp_path / "a.mp4")
 
 
-def test_a_video_gives_one_crop_a_frame_and_its_frames(film):
-    crops, frames = see(video=film, clip=(1.0, 2.0), subtitles=((0.0, 0.5, "hello"),))
-    assert len(crops.patches) == len(frames.seconds) == 3 and (frames.width, frames.height) == (64, 48)
-    np.testing.assert_allclose(frames.seconds, [0, 0.5, 1])
+def test_a_video_gives_one_crop_a_frame_and_the_times_of_its_frames(film):
+    crops, seen = see(video=film, clip=(1.0, 2.0), subtitles=((0.0, 0.5, "hello"),))
+    assert len(crops.patches) == len(seen.seconds) == 3 and seen.is_video and seen.sizes == ((64, 48),)
+    assert (seen.duration, seen.fps) == (1.0, 4.0)
+    np.testing.assert_allclose(seen.seconds, [0, 0.5, 1])
     assert abs(crops.patches[0].mean() - 80) < 4  # the clip begins with the fifth frame
     assert "hello" in TOKENIZER.decode(crops.tokens)
 
@@ -47,9 +48,10 @@ def test_a_video_gives_one_crop_a_frame_and_its_frames(film):
 def test_images_give_their_sizes_and_text_alone_gives_nothing(tmp_path):
     for name, size in (("a.png", (50, 30)), ("b.png", (20, 70))):
         Image.new("RGB", size).save(tmp_path / name)
-    crops, sizes = see(images=(str(tmp_path / "a.png"), str(tmp_path / "b.png")))
-    assert sizes == ((50, 30), (20, 70)) and set(crops.image) == {-1, 0, 1}
-    assert see() == (None, ())
+    crops, seen = see(images=(str(tmp_path / "a.png"), str(tmp_path / "b.png")))
+    assert seen == types.Media(sizes=((50, 30), (20, 70))) and set(crops.image) == {-1, 0, 1}
+    assert not seen.is_video
+    assert see() == (None, types.Media())
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -61,8 +63,8 @@ def test_a_tracking_clip_is_sampled_by_its_annotations_rate(film):
     inputs = dataclasses.replace(INPUTS, max_frames=20)
     for rate, times in ((1, np.arange(12) / 4), (2, np.arange(12) / 4)):
         example = types.Example(annotations=(), video=film, tracking_fps=rate)
-        frames = media.see(example, NANO, inputs, TOKENIZER)[1]
-        np.testing.assert_array_equal(frames.seconds, times)
+        seen = media.see(example, NANO, inputs, TOKENIZER)[1]
+        np.testing.assert_array_equal(seen.seconds, times)
     few = media.see(example, NANO, dataclasses.replace(INPUTS, max_frames=6), TOKENIZER)[1]
     np.testing.assert_array_equal(few.seconds, np.arange(6) / 2)
     paper = dataclasses.replace(INPUTS, max_frames=5, max_tracking_fps=2)  # 2 frames/s, cut behind the fifth

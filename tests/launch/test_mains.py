@@ -39,6 +39,7 @@ MODEL = dataclasses.replace(
     text=dataclasses.replace(NANO.text, num_layers=1, width=32, head_dim=8, mlp_width=64))
 INPUTS = config_lib.InputConfig(max_crops=1, high_res_crops=1, max_frames=4, overlap_margins=(1, 1))
 SIZE = (64, 48)
+MEDIA = types.Media(sizes=(SIZE,))
 ANNOTATIONS = [
     {"type": "points", "label": "red circle", "points": [{"x": 10.0, "y": 20.0}]},
     {"type": "choice", "question": "Which colour?", "options": ["red", "blue"], "answer": 1},
@@ -253,31 +254,31 @@ def test_convert_answers_mistakes_with_one_sentence(arguments, words, model_fold
     assert words in capsys.readouterr().err
 
 
-def answered(view, example, answers):
+def answered(media, example, answers):
     """Returns the questions about an example together with these answers."""
-    asked = questions.ask(example, view)
-    return [evaluate_lib.Answered(example=example, view=view, question=question,
+    asked = questions.ask(example, media)
+    return [evaluate_lib.Answered(example=example, media=media, question=question,
                                   answer=generate_lib.Answer(text=text))
             for question, text in zip(asked, answers, strict=True)]
 
 
 def test_the_right_answers_get_full_scores_and_wrong_ones_none(data_folder):
     [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
-    branches = formats.to_branches(example, frames_or_sizes=(SIZE,), rng=np.random.default_rng(0),
-                                   train=False)
+    branches = formats.to_branches(example, media=MEDIA, rng=np.random.default_rng(0),
+                                   asking=formats.PLAIN)
     right = [branch.turns[-1] for branch in branches[:3]]
-    scores = questions.score(answered((SIZE,), example, right))
+    scores = questions.score(answered(MEDIA, example, right))
     assert scores["image_point_f1"] == scores["choice_accuracy"] == scores["qa_accuracy"] == 1
-    scores = questions.score(answered((SIZE,), example, ["nothing", "nothing", "nothing"]))
+    scores = questions.score(answered(MEDIA, example, ["nothing", "nothing", "nothing"]))
     assert scores["image_point_f1"] == scores["choice_accuracy"] == scores["qa_accuracy"] == 0
 
 
 def test_captions_and_chats_are_not_asked(data_folder):
     [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
-    asked = questions.ask(example, (SIZE,))
-    assert [question.about["type"] for question in asked] == ["points", "choice", "qa"]
-    [label] = {question.about["label"].lower() for question in asked if "label" in question.about}
-    first = questions.ask(example, (SIZE,), is_pretraining=True)[0]  # as a model of the first stage is asked
+    asked = questions.ask(example, MEDIA)
+    assert [question.about.type for question in asked] == ["points", "choice", "qa"]
+    [label] = {question.about.label.lower() for question in asked if hasattr(question.about, "label")}
+    first = questions.ask(example, MEDIA, is_pretraining=True)[0]  # as a model of the first stage is asked
     assert first.turns[0] in (f"pointing: {label}", f"point_count: {label}", f"count 65: {label}")
     assert all(isinstance(question, generate_lib.Question) for question in asked)
-    assert not questions.ask(types.Example(annotations=(), images=("a.png",)), (SIZE,))
+    assert not questions.ask(types.Example(annotations=(), images=("a.png",)), MEDIA)

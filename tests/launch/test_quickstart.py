@@ -15,6 +15,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from data_pipelines import annotations
 from data_pipelines import sources
 from data_pipelines import synthetic
 from launch import cli
@@ -156,11 +157,12 @@ def test_what_is_drawn_is_what_the_model_saw_also_of_a_part_of_a_clip(drawn, tra
     tokenizer = tokenizers.train_small(["0.0"], config.text.vocab_size)
     example = dataclasses.replace(whole, clip=(0.25, 0.75), tracking_fps=tracking_fps)
     _, seen = media.see(example, config, inputs, tokenizer)
-    pixels, view = showcase._media(example, inputs)
-    assert view.seconds.tolist() == seen.seconds.tolist() and view.duration == seen.duration == 0.5
-    later = showcase._frames_at(whole, view.seconds + 0.25)
-    assert np.array_equal(pixels, later) and np.array_equal(showcase._frames_at(example, view.seconds), later)
-    assert not np.array_equal(pixels, showcase._frames_at(whole, view.seconds))
+    pixels, shown = showcase._media(example, inputs)
+    assert shown.seconds.tolist() == seen.seconds.tolist() and shown.duration == seen.duration == 0.5
+    later = showcase._frames_at(whole, shown.seconds + 0.25)
+    assert np.array_equal(pixels, later)
+    assert np.array_equal(showcase._frames_at(example, shown.seconds), later)
+    assert not np.array_equal(pixels, showcase._frames_at(whole, shown.seconds))
 
 
 def test_points_of_a_track_move_evenly_between_its_times():
@@ -171,8 +173,8 @@ def test_points_of_a_track_move_evenly_between_its_times():
 
 
 def test_the_commands_name_a_clip_and_an_object_in_it():
-    example = types.Example(annotations=({"type": "qa"}, {"type": "count", "label": "red circle"}),
-                            video="/data/clip.mp4")
+    asked = annotations.QA(question="?", answer="!"), annotations.Count(label="red circle", count=1)
+    example = types.Example(annotations=asked, video="/data/clip.mp4")
     lines = showcase.commands("runs/x", [example], str).splitlines()
     assert "--model=runs/x --video=/data/clip.mp4 --prompt='Point to the red circle.'" in lines[0]
 
