@@ -8,7 +8,6 @@ written to --output (JSON). Records that cannot be used are left out, counted an
 """
 
 import functools
-import json
 from collections.abc import Sequence
 
 from absl import flags
@@ -18,6 +17,7 @@ from launch import cli
 from launch import questions
 from launch import trained
 from molmo2_jax import evaluate
+from molmo2_jax import files
 from molmo2_jax import generate
 
 _LIMIT = flags.DEFINE_integer("limit", None, "Only so many records of each folder.", lower_bound=1)
@@ -35,20 +35,20 @@ def main(arguments: list[str]) -> None:
     if not (cli.MODEL.value or cli.WORKDIR.value):
         raise ValueError("--model must name the work directory of a run or a Hugging Face folder")
     output = cli.output_file(cli.OUTPUT.value) if cli.OUTPUT.value else None
-    files = {folder: sources.read_folder(folder) for folder in folders}
+    data = {folder: sources.read_folder(folder) for folder in folders}
     source = trained.load(cli.MODEL.value or cli.workdir(), cli.bindings())
     answerer = generate.Answerer(source.params, source.model, source.inputs, source.tokenizer,
                                  max_new_tokens=cli.MAX_NEW_TOKENS.value, dtype=cli.DTYPE.value)
     ask = functools.partial(questions.ask, is_pretraining=source.is_pretraining)
     scores = {}
-    for folder, (examples, errors) in files.items():
+    for folder, (examples, errors) in data.items():
         result = evaluate.evaluate(answerer, examples[:_LIMIT.value], ask, questions.score,
                                    rows=_ROWS.value, title=folder)
         left_out = [*map(str, errors), *result.refused]
         scores[folder] = {**result.scores, "records_left_out": len(left_out)}
         _show(folder, result, left_out)
     if output:
-        output.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        output.write_text(files.to_json(scores, indent=1), encoding="utf-8")
         print(f"wrote {output}")
 
 

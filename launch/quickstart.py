@@ -33,6 +33,7 @@ from launch import showcase
 from launch import train
 from launch import trained
 from molmo2_jax import evaluate
+from molmo2_jax import files
 from molmo2_jax import generate
 from molmo2_jax import optim
 from molmo2_jax import sharding
@@ -194,7 +195,7 @@ def _ask(job: Job, source: trained.Trained, who: str, examples: list, max_new_to
     result = evaluate.evaluate(answerer, examples, questions.ask, questions.score, title=who)
     content = {"scores": dict(result.scores), "refused": result.refused, "examples": len(examples),
                "answers": showcase.as_rows(examples, result.answered)}
-    progress.write_text(job.answers(who), json.dumps(content, indent=1))
+    progress.write_text(job.answers(who), files.to_json(content, indent=1))
 
 
 def export(job: Job) -> None:
@@ -213,7 +214,7 @@ def report(job: Job, watch: progress.Progress) -> None:
     showcase.write(job.workdir / "report.html", job.config, job.workdir, job.heldout(),
                    answers["trained"]["answers"], summary, next_commands(job))
     progress.write_text(job.workdir / "summary.json",
-                        json.dumps(summary | {"total_seconds": round(watch.seconds(), 3)}, indent=1))
+                        files.to_json(summary | {"total_seconds": round(watch.seconds(), 3)}, indent=1))
 
 
 def next_commands(job: Job) -> str:

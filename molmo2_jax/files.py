@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -70,9 +71,22 @@ def copy(source: epath.Path, target: epath.Path) -> None:
             one.copy(target / one.name, overwrite=True)
 
 
+def to_json(value: Any, **how) -> str:
+    """Returns json.dumps(value, **how) with null for NaN and infinities, which JSON does not know."""
+    return json.dumps(_finite(value), allow_nan=False, **how)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(target: epath.Path, value: Any) -> None:
     """Writes a file that is there whole or not at all, and the folders around it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    partial.write_text(json.dumps(value, indent=1))
+    partial.write_text(to_json(value, indent=1))
     partial.replace(target)

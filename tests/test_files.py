@@ -81,6 +81,15 @@ def test_faults_of_a_disk_are_told_from_other_errors(error, cause):
     assert files.storage_cause(error) == cause
 
 
+def test_json_has_null_for_numbers_that_it_does_not_know(tmp_path):
+    value = {"a": [1.5, float("nan"), (np.inf, "NaN")],
+             "b": {"c": -np.inf, "d": np.float64("nan"), "e": True}}
+    wanted = {"a": [1.5, None, [None, "NaN"]], "b": {"c": None, "d": None, "e": True}}
+    assert json.loads(files.to_json(value), parse_constant=pytest.fail) == wanted
+    files.write_json(files.path(tmp_path / "a.json"), value)
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == wanted
+
+
 def test_metrics_in_a_bucket_are_copied_and_go_on(bucket):
     writer = metrics.Writer(bucket, 1)
     for step in (1, 2, 3):

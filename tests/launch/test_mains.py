@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
@@ -133,6 +134,34 @@ def test_generate_answers_mistakes_with_one_sentence(arguments, words, model_fol
     assert start(generate.main, *arguments) == cli.USER_ERROR
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ") and words in message
+
+
+@pytest.fixture(scope="module")
+def nan_folder(model_folder, tmp_path_factory):
+    """The model with one weight that is not a number."""
+    folder = tmp_path_factory.mktemp("nan") / "hf"
+    shutil.copytree(model_folder, folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["model.transformer.ln_f.weight"][3] = np.nan
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--stream"], ["--temperature=1", "--top_k=5", "--seed=2"]])
+def test_generate_says_that_logits_are_not_finite_and_which_weights(how, nan_folder, capsys):
+    assert start(generate.main, f"--model={nan_folder}", "--prompt=Where?", "--max_new_tokens=3",
+                 *how) == cli.USER_ERROR
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1
+    assert "error: logits must be finite; got NaN or infinity, and so are the weights text/" in told.err
+
+
+def test_evaluate_says_that_logits_are_not_finite_before_any_score(nan_folder, data_folder, tmp_path, capsys):
+    assert start(evaluate.main, f"--model={nan_folder}", f"--data={data_folder}", "--max_new_tokens=4",
+                 f"--output={tmp_path / 'scores.json'}") == cli.USER_ERROR
+    told = capsys.readouterr()
+    assert "_accuracy" not in told.out
+    assert "error: logits must be finite" in told.err.splitlines()[-1]
 
 
 def test_evaluate_prints_and_writes_scores(model_folder, data_folder, tmp_path, capsys):
