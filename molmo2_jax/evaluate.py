@@ -92,7 +92,8 @@ def evaluate(answerer: generate.Answerer, examples: Sequence[types.Example], ask
                 bar.update(len(batch))
     flat = tuple(one for index in sorted(answered) for one in answered[index])
     if not flat:
-        raise ValueError("no example could be answered" + (f": {'; '.join(refused[:5])}" if refused else ""))
+        why = "; ".join(refused[:5]) or "none has a question that can be scored"
+        raise ValueError(f"no example could be answered: {why}")
     return Result(scores=score(flat), answered=flat, refused=tuple(refused),
                   seconds=time.perf_counter() - start, not_finite=not_finite)
 
