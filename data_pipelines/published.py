@@ -2,7 +2,8 @@
 
 Rows come one at a time; of a parquet file no more is held than a few rows of its columns. Images and films
 inside rows are written into the folder of the task and the row names the file instead. What cannot be read is
-yielded as an error in its place, so that schemas.convert counts it.
+yielded as an error in its place, so that schemas.convert counts it. Text must be UTF-8; a byte order mark, as
+Excel writes one, is dropped.
 
 Parquet needs the extra `prepare` (pyarrow).
 """
@@ -15,6 +16,9 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from molmo2_jax.inputs import file_kind
+from molmo2_jax.inputs import text_file
 
 BATCH_ROWS = 16         # rows of a parquet file held at a time: each may have images of megabytes
 MEDIA = "media"
@@ -29,7 +33,9 @@ def rows(paths: Sequence[str | os.PathLike], folder: str | os.PathLike,
       folder: of the task; media inside rows become folder/media/SHA256.SUFFIX.
 
     Raises:
-      ValueError: a name matches no file, or ends in none of the known suffixes, or pyarrow is missing.
+      ValueError: a name matches no file, or ends in none of the known suffixes; a file is a Git LFS pointer
+        or otherwise not what its name says; a file of text is not UTF-8 (of JSON lines only the beginning is
+        looked at; later lines are errors in their place).
     """
     files = []
     for name in paths:
@@ -40,6 +46,11 @@ def rows(paths: Sequence[str | os.PathLike], folder: str | os.PathLike,
     for path, suffix in files:
         if suffix not in _READERS:
             raise ValueError(f"{path}: rows must lie in files {', '.join(_READERS)}; got {suffix!r}")
+        what = file_kind.describe(path, is_binary=suffix == ".parquet")
+        if what and os.path.getsize(path):  # without rows is no fault
+            raise ValueError(f"{path} is {what}")
+        if suffix in _CHECKS:
+            _CHECKS[suffix](path)
     return _rows(files, pathlib.Path(folder))
 
 
@@ -92,7 +103,7 @@ def _json_lines(path: str) -> Iterator[dict | ValueError]:
 
 def _object(text: bytes, where: str) -> dict | ValueError:
     try:
-        row = json.loads(text)
+        row = json.loads(text_file.decode(text, "its encoding"))
     except (ValueError, RecursionError) as error:
         return ValueError(f"{where}: must be JSON: {error}")
     return row if isinstance(row, dict) else ValueError(f"{where}: must be an object; got {str(row)[:80]}")
@@ -101,7 +112,7 @@ def _object(text: bytes, where: str) -> dict | ValueError:
 def _json(path: str) -> Iterator[dict | ValueError]:
     """Yields the objects of a list, or of an object by name, the name being `id`; of "database" its own."""
     try:
-        content = json.loads(pathlib.Path(path).read_bytes())
+        content = json.loads(text_file.read(path))
     except (ValueError, RecursionError) as error:
         yield ValueError(f"{path}: must be JSON: {error}")
         return
@@ -116,7 +127,7 @@ def _json(path: str) -> Iterator[dict | ValueError]:
 def _table(path: str) -> Iterator[dict | ValueError]:
     """Yields the lines below the header of a table whose columns are parted by tabs or else commas."""
     csv.field_size_limit(_LARGEST_CELL)
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         delimiter = "\t" if "\t" in file.readline() else ","
         file.seek(0)
         for number, row in enumerate(csv.DictReader(file, delimiter=delimiter), start=2):
@@ -125,3 +136,5 @@ def _table(path: str) -> Iterator[dict | ValueError]:
 
 
 _READERS = {".parquet": _parquet, ".jsonl": _json_lines, ".json": _json, ".csv": _table, ".tsv": _table}
+_CHECKS = {".jsonl": text_file.check_start, ".json": text_file.check, ".csv": text_file.check,
+           ".tsv": text_file.check}

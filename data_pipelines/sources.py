@@ -19,6 +19,7 @@ from typing import Any
 from data_pipelines import annotations
 from data_pipelines import fields
 from molmo2_jax import types
+from molmo2_jax.inputs import text_file
 
 _RECORD_FIELDS = ("video", "images", "clip", "tracking_fps", "subtitles", "size", "weight", "scale",
                   "dialogue", "annotations", "masks")
@@ -68,6 +69,11 @@ def _read(path, source) -> Iterator[types.Example | ValueError]:
     path = pathlib.Path(path)
     if not path.is_file():
         yield ValueError(f"{path}: an annotation file must exist; found none")
+        return
+    try:
+        text_file.check_start(path)
+    except ValueError as error:
+        yield error
         return
     number_of_records = 0
     with open(path, "rb") as lines:

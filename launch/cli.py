@@ -44,7 +44,8 @@ SEED = flags.DEFINE_integer("seed", 0, "Decides whatever is drawn at random.")
 
 USER_ERROR = 2    # exit status for what a user can correct
 INTERRUPTED = 130
-UNFINISHED = 75   # saved; the same command goes on (EX_TEMPFAIL)
+UNFINISHED = 75   # saved; the same command resumes (EX_TEMPFAIL)
+DISK_ERROR = 74   # a disk is full, read-only or broken: nothing to correct in the command (EX_IOERR)
 
 
 def start(main: Callable[[list[str]], None], argv: list[str] | None = None) -> NoReturn:
@@ -154,9 +155,14 @@ def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except (ValueError, OSError) as error:
-        if _TRACEBACK.value or not _is_users_mistake(error):
+        is_explained = isinstance(error, files.StorageError)
+        cause = files.storage_cause(error)
+        if _TRACEBACK.value or not (is_explained or cause or _is_users_mistake(error)):
             raise
-        _fail(error)
+        if cause and not is_explained:
+            where = error.filename if isinstance(error, OSError) and error.filename else "a file"
+            error = f"{where} could not be written or read: {cause} (where that is: --traceback)"
+        _fail(error, DISK_ERROR if is_explained or cause else USER_ERROR)
 
 
 def _is_users_mistake(error: Exception) -> bool:
@@ -168,6 +174,6 @@ def _is_users_mistake(error: Exception) -> bool:
                for package in ("molmo2_jax", "data_pipelines", "launch"))
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: Exception | str, status: int = USER_ERROR) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(USER_ERROR)
+    sys.exit(status)

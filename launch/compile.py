@@ -15,7 +15,6 @@ launch.generate does: on one chip.
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 
@@ -26,6 +25,7 @@ from molmo2_jax import aot
 from molmo2_jax import aot_fit
 from molmo2_jax import aot_generate
 from molmo2_jax import chips
+from molmo2_jax import files
 from molmo2_jax import sharding
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, 'Slice, such as "v5p:4x4x8" or "v5p-256".')
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> None:
     else:
         print(answers_table(report))
     if cli.OUTPUT.value:
-        pathlib.Path(cli.OUTPUT.value).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        pathlib.Path(cli.OUTPUT.value).write_text(files.to_json(result, indent=1), encoding="utf-8")
 
 
 def fit(config, topology: str, slices: int) -> aot.StepReport:

@@ -10,11 +10,11 @@ once for all questions. Points of the answers are listed in pixels with their ti
 of their image; --render draws them: a picture for .png and .jpg, an animation for .gif and .mp4. --stream
 shows text as soon as it is complete. An answer ends where the model ends it, before a --stop text, or after
 --max_new_tokens tokens. Sampling: --temperature divides the logits, then --top_k and --top_p leave the most
-likely tokens, then --seed decides the draw.
+likely tokens, then --seed decides the draw. Logits that are not finite, as of a diverged run, end the command
+with one sentence that names such weights.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
@@ -24,6 +24,7 @@ from absl import flags
 from launch import cli
 from launch import trained
 from molmo2_jax import decode
+from molmo2_jax import files
 from molmo2_jax import generate
 from molmo2_jax import render
 from molmo2_jax import types
@@ -61,7 +62,8 @@ def main(arguments: list[str]) -> None:
     else:
         answers = answerer.answer(example, _PROMPT.value)
         for prompt, answer in zip(_PROMPT.value, answers):
-            print(json.dumps(as_json(answer)) if _JSON.value else f"{heading(prompt, _PROMPT.value)}{answer}")
+            plain = f"{heading(prompt, _PROMPT.value)}{answer}"
+            print(files.to_json(as_json(answer)) if _JSON.value else plain)
     if _RENDER.value:
         points = tuple(point for answer in answers for point in answer.points)
         render.save_answer(dataclasses.replace(answers[0], points=points), _RENDER.value, **media)

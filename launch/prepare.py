@@ -7,11 +7,12 @@ Writes FOLDER/annotations.jsonl; the folder is the task's (data_pipelines/tasks.
 Parquet files need pyarrow: pip install -e '.[prepare]' in the folder of the repository.
 Media that rows do not hold themselves must lie in FOLDER/media already, named as data_pipelines/schemas says.
 Whatever is left out is counted and listed in FOLDER/left_out.txt. --exclude=FILE names media that must not be
-trained on because evaluations ask about them, one a line: file names, with or without suffix.
+trained on because evaluations ask about them, one a line: file names, with or without suffix. Names that
+match no medium of the rows are counted at the end: many may mean another data set or other spellings.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from absl import flags
 
@@ -19,6 +20,7 @@ from data_pipelines import published
 from data_pipelines import schemas
 from data_pipelines import tasks
 from launch import cli
+from molmo2_jax.inputs import text_file
 
 _TASK = flags.DEFINE_string("task", None, "A key of data_pipelines.tasks.TASKS.")
 _PUBLISHED = flags.DEFINE_multi_string("published", [], "Files of rows; may hold wildcards")
@@ -26,6 +28,7 @@ _EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Files that name media to le
 for _name in ("output", "traceback"):
     flags.declare_key_flag(_name)
 _SHOWN = 3  # reasons that are printed
+_BLANK = " \t\ufeff"  # around a name; lists that were joined have byte order marks inside
 
 
 def main(arguments: list[str]) -> None:
@@ -46,20 +49,32 @@ def main(arguments: list[str]) -> None:
           f"annotations, {sum(isinstance(error, schemas.Excluded) for error in errors)} of them by --exclude")
     for error in errors[:_SHOWN]:
         print(f"  {error}")
+    _show_unmatched(exclude, errors)
+
+
+def _show_unmatched(exclude: Set[str], errors: Sequence[ValueError]) -> None:
+    """Prints how many names of --exclude match no medium of any record, and some of them."""
+    used = frozenset().union(*(error.names for error in errors if isinstance(error, schemas.Excluded)))
+    unmatched = sorted(exclude - used)
+    if unmatched:
+        rest = ", ..." if len(unmatched) > _SHOWN else ""
+        print(f"--exclude: {len(unmatched)} of {len(exclude)} names match no medium of these rows: "
+              f"{', '.join(map(repr, unmatched[:_SHOWN]))}{rest}")
 
 
 def _names(paths: Sequence[str]) -> set[str]:
     """Returns the lines of files.
 
     Raises:
-      ValueError: a file does not exist, or names nothing.
+      ValueError: a file does not exist, names nothing, or is not UTF-8.
     """
     names = set()
     for path in map(pathlib.Path, paths):
-        found = set(path.read_text(encoding="utf-8").split("\n")) - {""} if path.is_file() else set()
+        lines = text_file.read(path).split("\n") if path.is_file() else []
+        found = {line.strip(_BLANK) for line in lines} - {""}
         if not found:
             raise ValueError(f"--exclude must be a file that names media, one a line; got {path}")
-        names |= {name.strip() for name in found}
+        names |= found
     return names
 
 

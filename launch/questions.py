@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_pipelines import annotations
 from data_pipelines import formats
 from data_pipelines.scoring import suite
 from molmo2_jax import evaluate
@@ -15,7 +16,7 @@ from molmo2_jax import types
 
 def ask(example: types.Example, media: types.Media, *, is_pretraining: bool = False
         ) -> list[generate.Question]:
-    """Returns what the annotations that have a score ask, in plain wording; `about` is the annotation.
+    """Returns what the annotations that can be scored ask, in plain wording; `about` is the annotation.
 
     is_pretraining: in the wording of the first stage.
 
@@ -27,7 +28,35 @@ def ask(example: types.Example, media: types.Media, *, is_pretraining: bool = Fa
     pairs = zip(found.branches, (example.annotations[number] for number in found.annotations),
                 strict=True)
     return [generate.Question(turns=branch.turns[:-1], about=annotation)
-            for branch, annotation in pairs if suite.SCORES[type(annotation)]]
+            for branch, annotation in pairs
+            if _can_be_scored(annotation, media)]
+
+
+def _can_be_scored(annotation: annotations.Annotation, media: types.Media) -> bool:
+    return any(not suite.obstacle(annotation, scorer) for scorer in suite.kinds(annotation, media).values())
+
+
+def is_scored(example: types.Example) -> bool:
+    """Returns whether an answer about the example can count for any score; reads nothing but the record."""
+    return any(_can_be_scored(annotation, _media(example)) for annotation in example.annotations)
+
+
+def obstacles(example: types.Example) -> list[tuple[str, str]]:
+    """Returns (score, sentence) for each score that cannot judge an annotation of the example, and why.
+
+    Reads nothing but the record, so that all of a folder can be told before the first answer.
+    """
+    return [(kind, f"{example.key}: annotations[{number}] has no {kind} score: {reason}")
+            for number, annotation in enumerate(example.annotations)
+            for kind, scorer in suite.kinds(annotation, _media(example)).items()
+            if (reason := suite.obstacle(annotation, scorer))]
+
+
+def _media(example: types.Example) -> types.Media:
+    """Returns the kind and number of the media as the record names them; sizes and times are not known."""
+    if example.video:
+        return types.Media(sizes=((1, 1),), seconds=np.zeros(0))
+    return types.Media(sizes=((1, 1),) * len(example.images))
 
 
 def score(answered: Sequence[evaluate.Answered]) -> dict[str, float]:

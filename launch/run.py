@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import importlib
 import importlib.util  # gin needs it, and does not import it, to say that a file is missing
+import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import gin
+import gin.config
 from gin import config_parser
 
 import data_pipelines.pipeline
@@ -24,6 +26,7 @@ import molmo2_jax.sharding
 import molmo2_jax.train
 from launch import field_types
 from molmo2_jax import config
+from molmo2_jax.inputs import text_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -59,8 +62,8 @@ def resolve(
     Paths of files, also of included ones, are relative to the root of the repository.
 
     Raises:
-      ValueError: a file is missing or does not parse; a name is unknown; a value has the wrong type
-        or breaks a rule of its dataclass; a required value is not set; a binding is read by nobody.
+      ValueError: a file is missing, is not UTF-8 or does not parse; a name is unknown; a value has the
+        wrong type or breaks a rule of its dataclass; a required value is not set; nothing reads a binding.
     """
     gin.clear_config()
     try:
@@ -98,7 +101,7 @@ def _check_file(path: str, includers: tuple[str, ...]) -> None:
     if not pathlib.Path(path).is_file():
         raise ValueError("gin files must exist, relative to the root of the repository; "
                          f"got {path}{origin}")
-    _check_includes(pathlib.Path(path).read_text(encoding="utf-8"), (*includers, path))
+    _check_includes(text_file.read(path), (*includers, path))
 
 
 def _check_includes(text: str, includers: tuple[str, ...]) -> None:
@@ -237,4 +240,7 @@ def _check_all_read(bound: dict[_Key, Any], operative: dict[_Key, Any]) -> None:
                          "overridden in every scope that is used)")
 
 
+# gin reads files in the encoding of the locale, with a byte order mark as part of the text. A reader that is
+# registered the public way is asked only after that one.
+gin.config._FILE_READERS[0] = (functools.partial(open, encoding="utf-8-sig"), os.path.isfile)
 _gin_run_config = gin.external_configurable(RunConfig, module="launch.run")

@@ -30,6 +30,7 @@ from absl import flags
 from launch import arms as arms_lib
 from launch import cli
 from launch import run
+from molmo2_jax import files
 from molmo2_jax import metrics
 from molmo2_jax.render import report
 
@@ -127,7 +128,7 @@ def summarise(folder: pathlib.Path) -> str:
     results = {name: _final(arm_lines) | _scores(folder / name) for name, arm_lines in lines.items()}
     table = _table(results)
     (folder / "summary.md").write_text(table, encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    (folder / "summary.json").write_text(files.to_json(results, indent=1), encoding="utf-8")
     curves = {name: [(line["step"], line["loss"]) for line in arm_lines]
               for name, arm_lines in lines.items() if arm_lines}
     report.write_report(folder / "summary.html", report.Report(

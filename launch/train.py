@@ -3,8 +3,9 @@
   python -m launch.train --gin_file=gin_configs/runs/quickstart.gin --workdir=runs/mine
 
 Ctrl-C and SIGTERM save and end the run with status 75; the same command continues it with the next
-batch. The work directory receives checkpoints, metrics.jsonl, TensorBoard files, the tokenizer and
-config.gin, the record of every setting. Paths in flags are relative to the current folder, paths in
+batch. A disk that is full or cannot be written ends it with status 74 and a sentence that says what is kept.
+The work directory receives checkpoints, metrics.jsonl, TensorBoard files, the tokenizer and config.gin, the
+record of every setting. Paths in flags are relative to the current folder, paths in
 configurations to the root of the repository. hosts/<index>.json says how each process ended; SIGUSR1 makes
 one print where all its threads stand. docs/training.md tells what else a run writes and watches.
 """
@@ -28,6 +29,7 @@ from launch import notices
 from launch import record
 from launch import run
 from launch import trained
+from molmo2_jax import checkpoint
 from molmo2_jax import files
 from molmo2_jax import guard
 from molmo2_jax import last_words
@@ -62,6 +64,11 @@ def main(arguments: list[str]) -> None:
             finished = fit(config, workdir, start, profile).finished
         except guard.Divergence as error:
             sys.exit(f"error: {error}")
+        except Exception as error:  # a full disk is reported by whatever wrote
+            explained = checkpoint.explain(str(workdir), error)
+            if explained is None:
+                raise
+            raise explained from error
         if not finished:
             print("the same command continues")
             sys.exit(cli.UNFINISHED)

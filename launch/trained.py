@@ -18,6 +18,7 @@ from molmo2_jax import files
 from molmo2_jax import state
 from molmo2_jax.hf import checkpoint as hf_checkpoint
 from molmo2_jax.hf import remote_code
+from molmo2_jax.hf import shards
 from molmo2_jax.hf import source
 from molmo2_jax.hf import weights
 from molmo2_jax.inputs import tokenizer as tokenizers
@@ -62,6 +63,7 @@ def load(path: str | pathlib.Path, bindings: Sequence[str] = (), mesh: jax.shard
         params, model, inputs = hf_checkpoint.import_checkpoint(folder, place=place)
         code = folder
     else:
+        shards.refuse_adapter(folder)
         raise ValueError("a model must be the work directory of a run (with config.gin) or a Hugging Face "
                          f"folder on this machine (with config.json); got {path}"
                          + ("" if files.path(path).exists() else ", which does not exist"))

@@ -201,6 +201,34 @@ class Manager:
         self._manager.close()
 
 
+def explain(workdir: str, error: BaseException) -> files.StorageError | None:
+    """Returns a fault of the disk that ended a run, in a sentence: its cause, what is kept, how to resume.
+
+    None if `error` is of another kind.
+    """
+    cause = files.storage_cause(error)
+    if not cause:
+        return None
+    free = files.free_space(workdir)
+    steps = _complete_steps(files.path(workdir) / "checkpoints")
+    kept, resumed = (f"the checkpoint of step {steps[-1]}", f"resumes after step {steps[-1]}") if steps else (
+        "no checkpoint yet", "starts from the beginning")
+    return files.StorageError(
+        f"the run could not write to {workdir}: {cause}" + (f" ({free})" if free else "")
+        + f"; kept: {kept}. Once the disk can be written again, the same command {resumed}; while a "
+        "checkpoint is saved, the one before it needs its room too")
+
+
+def _complete_steps(folder) -> list[int]:
+    """Returns the steps on disk that hold all items, oldest first; needs no Manager."""
+    try:
+        numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        return [step for step in numbers
+                if all(files.has_content(folder / str(step) / item) for item in ("state", "data", "sums"))]
+    except OSError:
+        return []
+
+
 def save_params(workdir: str, params) -> None:
     """Writes parameters alone into a work directory."""
     manager = Manager(workdir)

@@ -37,11 +37,15 @@ Score = Callable[[Sequence[Answered]], Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """refused: one sentence for each example that could not be read or asked."""
+    """refused: one sentence for each example that could not be read, asked or answered with finite logits.
+
+    not_finite: how many of these were answered, with logits that are NaN or infinite.
+    """
     scores: Mapping[str, float]
     answered: tuple[Answered, ...]
     refused: tuple[str, ...]
     seconds: float
+    not_finite: int = 0
 
 
 class _Read(NamedTuple):
@@ -65,10 +69,12 @@ def evaluate(answerer: generate.Answerer, examples: Sequence[types.Example], ask
 
     Raises:
       ValueError: no example could be answered, or more than max_refused were refused.
+      generate.NotFinite: no answer of the first batch has finite logits.
     """
     start = time.perf_counter()
     answered: dict[int, list[Answered]] = {}
     refused: list[str] = []
+    not_finite = 0
     with tqdm.tqdm(total=len(examples), desc=title, unit="example", disable=title is None) as bar:
         for reads in _windows(answerer, examples, ask, window, readers):
             refused += [read.refusal for read in reads if read.refusal]
@@ -76,13 +82,24 @@ def evaluate(answerer: generate.Answerer, examples: Sequence[types.Example], ask
                 raise ValueError(f"at most {max_refused} examples may be refused; got {'; '.join(refused)}")
             bar.update(sum(read.prompt is None for read in reads))
             for batch in _batches([read for read in reads if read.prompt is not None], rows):
-                answered |= _answer(answerer, batch, rows)
+                made = _answer(answerer, batch, rows)
+                broken = [read for read in batch if not _are_finite(made[read.index])]
+                if len(broken) == len(batch) and not answered:
+                    raise answerer.not_finite()
+                refused += [f"{read.example.key or read.index}: its logits are not finite" for read in broken]
+                not_finite += len(broken)
+                answered |= {index: found for index, found in made.items() if _are_finite(found)}
                 bar.update(len(batch))
     flat = tuple(one for index in sorted(answered) for one in answered[index])
     if not flat:
-        raise ValueError("no example could be answered" + (f": {'; '.join(refused[:5])}" if refused else ""))
+        why = "; ".join(refused[:5]) or "none has a question that can be scored"
+        raise ValueError(f"no example could be answered: {why}")
     return Result(scores=score(flat), answered=flat, refused=tuple(refused),
-                  seconds=time.perf_counter() - start)
+                  seconds=time.perf_counter() - start, not_finite=not_finite)
+
+
+def _are_finite(found: Sequence[Answered]) -> bool:
+    return all(one.answer.is_finite for one in found)
 
 
 def _windows(answerer, examples, ask: Ask, window: int, readers: int) -> Iterator[list[_Read]]:

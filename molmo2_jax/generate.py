@@ -67,11 +67,20 @@ class Answer:
     is_video: bool = False
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all logits were: one that is not makes every log-probability NaN."""
+        return math.isfinite(self.logprob)
+
     def __str__(self):
         where = "{:g} s" if self.is_video else "image {:g}"
         return "\n".join([self.text, *(
             f"  {point.id} at ({point.x:.0f}, {point.y:.0f}), {where.format(point.index)}"
             for point in self.points)])
+
+
+class NotFinite(ValueError):
+    """The logits of an answer hold NaN or infinities, so that its tokens mean nothing."""
 
 
 class Piece(NamedTuple):
@@ -173,8 +182,23 @@ class Answerer:
 
         Raises:
           ValueError: the media cannot be read, or media, question and answer do not fit the model.
+          NotFinite: logits are NaN or infinite. (`run` leaves that to Answer.is_finite.)
         """
-        return self.run([self.prompt(example, questions)])[0]
+        answers = self.run([self.prompt(example, questions)])[0]
+        if not all(answer.is_finite for answer in answers):
+            raise self.not_finite()
+        return answers
+
+    def not_finite(self) -> NotFinite:
+        """Returns an error that says which weights are NaN or infinite, reading all of them."""
+        is_finite = jax.jit(lambda leaf: jax.numpy.isfinite(leaf).all())
+        leaves, _ = jax.tree_util.tree_flatten_with_path(self._params)
+        names = [jax.tree_util.keystr(path, simple=True, separator="/")
+                 for path, leaf in leaves if not is_finite(leaf)]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        why = (f"so are the weights {', '.join(names[:3])}{more}" if names else
+               f"all weights are finite: the computation in {self._model.dtype} overflowed")
+        return NotFinite(f"logits must be finite; got NaN or infinity, and {why}")
 
     def stream(self, example: types.Example, questions: Sequence[Question | str], *,
                every: int = STREAM_EVERY) -> Iterator[Piece]:
@@ -195,6 +219,8 @@ class Answerer:
         batch, wanted = self._batch([prompt], prompt.shape, 1, None)
         writers = [_Writer(self.tokenizer, self.stop) for _ in prompt.questions]
         for answers in decode.stream(self._model, self._params, batch, wanted, every=every, **self._options):
+            if not np.isfinite(answers.logprob[0, :len(writers)]).all():
+                raise self.not_finite()
             for q, writer in enumerate(writers):
                 if writer.is_over:
                     continue

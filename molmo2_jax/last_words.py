@@ -10,6 +10,7 @@ import time
 import traceback
 
 import jax
+from absl import logging
 
 from molmo2_jax import files
 
@@ -23,15 +24,25 @@ def say(workdir: str | os.PathLike, status: str, reason: str = "") -> None:
 
 @contextlib.contextmanager
 def spoken(workdir: str | os.PathLike):
-    """Says "running" and then, whatever ends the block, what it was."""
+    """Says "running" and then, whatever ends the block, what it was.
+
+    An error that cannot be written down, as on a full disk, stays the error that is raised.
+    """
     say(workdir, "running")
     try:
         yield
     except SystemExit as end:
         kind = "failed" if isinstance(end.code, str) else "stopped" if end.code else "finished"
-        say(workdir, kind, f"exit status {end.code}" if kind == "stopped" else end.code or "")
+        _try_to_say(workdir, kind, f"exit status {end.code}" if kind == "stopped" else end.code or "")
         raise
     except BaseException as error:
-        say(workdir, "failed", "".join(traceback.format_exception(error)))
+        _try_to_say(workdir, "failed", "".join(traceback.format_exception(error)))
         raise
     say(workdir, "finished")
+
+
+def _try_to_say(workdir: str | os.PathLike, status: str, reason: str) -> None:
+    try:
+        say(workdir, status, reason)
+    except OSError as error:
+        logging.error("hosts/%d.json could not be written: %s", jax.process_index(), error)

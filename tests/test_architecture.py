@@ -44,7 +44,7 @@ ALLOWED = {
     "molmo2_jax.train": TRAINING | {"tqdm"},
     "molmo2_jax.files": {"etils"},
     "molmo2_jax.watchdog": set(),
-    "molmo2_jax.last_words": {"jax", "molmo2_jax.files"},
+    "molmo2_jax.last_words": {"jax", "absl", "molmo2_jax.files"},
     "molmo2_jax.profiling": {"jax"},
     "molmo2_jax.guard": {"numpy", "molmo2_jax.files"} | BOTTOM,
     "molmo2_jax.goodput": {"jax", "molmo2_jax.files"},

@@ -1,9 +1,13 @@
 """What was saved comes back bit for bit, on any mesh; what is damaged is passed over and said."""
 
+import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
 import shutil
+import subprocess
+import tempfile
 
 import jax
 import numpy as np
@@ -74,6 +78,53 @@ def assert_restores(manager, step, mesh=None):
     for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
         assert leaf.dtype == wanted.dtype and leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
     return restored
+
+
+@pytest.fixture
+def small_disk():
+    """Mounts disks of a given size, where that is permitted."""
+    mounted = []
+
+    def mount(kilobytes):
+        folder = tempfile.mkdtemp()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "none", folder],
+                              capture_output=True, check=False, timeout=60)
+        if done.returncode:
+            os.rmdir(folder)
+            pytest.skip("mounting is not permitted here")
+        mounted.append(folder)
+        return pathlib.Path(folder)
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True, timeout=60)
+        os.rmdir(folder)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.5, 1.98])
+def test_a_full_disk_is_one_sentence_that_says_what_is_kept(manager, tmp_path, small_disk, share):
+    one = manager()
+    save(one, 1)
+    size = sum(path.stat().st_blocks / 2 for path in (tmp_path / "checkpoints/1").rglob("*"))
+    disk = small_disk(int(share * size))
+    full = checkpoint.Manager(str(disk), 3)
+    with pytest.raises(Exception) as caught:
+        save(full, 1, 2, 3)
+    with contextlib.suppress(Exception):
+        full.close()
+    told = str(checkpoint.explain(str(disk), caught.value))
+    kept = "the checkpoint of step 1" if share > 1.1 else "no checkpoint yet"
+    assert f"could not write to {disk}: No space left on device (" in told and "\n" not in told
+    assert f"kept: {kept}. Once" in told
+    if share > 1.1:
+        subprocess.run(["mount", "-o", f"remount,size={int(4 * size)}k", str(disk)], check=True, timeout=60)
+        again = checkpoint.Manager(str(disk), 3)
+        assert_restores(again, 1)
+        save(again, 2)
+        again.close()
+
+
+def test_other_errors_are_not_put_on_the_disk(tmp_path):
+    assert checkpoint.explain(str(tmp_path), ValueError("shapes differ")) is None
 
 
 def test_moments_move_between_the_devices_and_the_hosts_memory(manager):

@@ -13,8 +13,11 @@ from molmo2_jax import types
 class Echo:
     """Stands in for an Answerer: repeats each question, and notes the sizes and rows of its calls."""
 
-    def __init__(self):
-        self.shapes, self.calls, self.draws = set(), [], {}
+    def __init__(self, not_finite=()):
+        self.shapes, self.calls, self.draws, self.bad = set(), [], {}, not_finite
+
+    def not_finite(self):
+        return generate.NotFinite("logits must be finite")
 
     def see(self, example):
         if "broken" in example.key:
@@ -35,8 +38,9 @@ class Echo:
         self.calls.append((shape, len(prompts)))
         for prompt, draw in zip(prompts, draws):
             self.draws[prompt.questions[0].turns[0]] = draw
-        return [[generate.Answer(text=f"echo {question.turns[-1]}") for question in prompt.questions]
-                for prompt in prompts]
+        return [[generate.Answer(text=f"echo {question.turns[-1]}",
+                                 logprob=float("nan") if question.turns[0] in self.bad else -1.0)
+                 for question in prompt.questions] for prompt in prompts]
 
 
 def examples(*sizes, broken=()):
@@ -82,6 +86,20 @@ def test_broken_examples_are_counted_or_end_the_evaluation():
         evaluate.evaluate(Echo(), some, ask, count, max_refused=1, title=None)
     with pytest.raises(ValueError, match="no example could be answered: line 0 broken"):
         evaluate.evaluate(Echo(), examples(100, broken=(0,)), ask, count, title=None)
+
+
+def test_examples_whose_logits_are_not_finite_have_no_part_in_the_scores_and_are_counted():
+    result = evaluate.evaluate(Echo(["2.1", "5.0"]), examples(*[100] * 8), ask, count, rows=4, title=None)
+    assert result.refused == ("line 2: its logits are not finite", "line 5: its logits are not finite")
+    assert result.not_finite == 2
+    assert {one.example.key for one in result.answered} == {"line 1", "line 3", "line 6", "line 7"}
+
+
+def test_weights_that_give_no_finite_logits_end_the_evaluation_with_the_first_batch():
+    echo = Echo([f"{n}.{k}" for n in range(16) for k in range(4)])
+    with pytest.raises(generate.NotFinite, match="logits must be finite"):
+        evaluate.evaluate(echo, examples(*[100] * 16), ask, count, rows=4, title=None)
+    assert len(echo.calls) == 1
 
 
 def test_the_largest_examples_come_first_and_set_the_compiled_size():

@@ -1,8 +1,11 @@
 """A work directory may lie in a bucket: here one in memory stands in for it."""
 
+import errno
 import json
 import logging
+import os
 
+import av
 import fsspec
 import numpy as np
 import pytest
@@ -65,6 +68,39 @@ def test_a_file_appears_whole_or_not_at_all(place, tmp_path, bucket):
         raise KeyboardInterrupt
     assert (folder / "a.txt").read_text() == "one é\n"
     assert [path.name for path in folder.iterdir()] == ["a.txt"]
+
+
+def raised_from(error, *causes):
+    """Returns the error with a chain of causes."""
+    for outer, inner in zip((error, *causes), causes):
+        outer.__cause__ = inner
+    return error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(("error", "cause"), [
+    (FULL, "No space left on device"),
+    (OSError(errno.EROFS, "read-only", "/a"), "Read-only file system"),
+    (ValueError('RESOURCE_EXHAUSTED: Error writing "a": Failed to write 9 bytes: No space left on device'),
+     "No space left on device"),
+    (raised_from(RuntimeError("saving failed"), TypeError(), FULL), "No space left on device"),
+    (raised_from(ValueError("a.mp4 cannot be read"), OSError(errno.EIO, "")), ""),
+    (ValueError("a.mp4: Input/output error"), ""),
+    (av.error.OSError(errno.EIO, "Input/output error", "a.mp4"), ""),
+    (FileNotFoundError(errno.ENOENT, "none", "/a"), ""), (RuntimeError(), ""), (None, "")])
+def test_faults_of_a_disk_are_told_from_other_errors(error, cause):
+    assert files.storage_cause(error) == cause
+
+
+def test_json_has_null_for_numbers_that_it_does_not_know(tmp_path):
+    value = {"a": [1.5, float("nan"), (np.inf, "NaN")],
+             "b": {"c": -np.inf, "d": np.float64("nan"), "e": True}}
+    wanted = {"a": [1.5, None, [None, "NaN"]], "b": {"c": None, "d": None, "e": True}}
+    assert json.loads(files.to_json(value), parse_constant=pytest.fail) == wanted
+    files.write_json(files.path(tmp_path / "a.json"), value)
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == wanted
 
 
 def test_metrics_in_a_bucket_are_copied_and_go_on(bucket):

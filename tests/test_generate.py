@@ -227,3 +227,21 @@ def test_a_hugging_face_folder_gives_the_same_answers(tmp_path):
     loaded = generate.load(tmp_path / "hf", max_new_tokens=NEW)
     clip = example(video=write_video(tmp_path / "a.mp4"))
     same(loaded.answer(clip, ["What?", "Where is it?"])[0], run((clip, ["What?"]))[0][0])
+
+
+def test_logits_that_are_not_finite_are_refused_with_the_weights_that_are_not():
+    spoilt = jax.tree.map(np.array, params())
+    spoilt["text"]["final_norm"]["scale"][0] = np.inf
+    broken = generate.Answerer(spoilt, CONFIG, INPUTS, tokenizer(), max_new_tokens=NEW)
+    for ask in (broken.answer, lambda *arguments: list(broken.stream(*arguments))):
+        with pytest.raises(generate.NotFinite, match="so are the weights text/final_norm/scale$"):
+            ask(example(), ["Where?"])
+    assert not broken.run([broken.prompt(example(), ["Where?"])])[0][0].is_finite
+
+
+def test_logits_that_overflow_with_finite_weights_are_put_on_the_computation():
+    spoilt = jax.tree.map(np.array, params())
+    spoilt["text"]["final_norm"]["scale"][:] = 3e38
+    broken = generate.Answerer(spoilt, CONFIG, INPUTS, tokenizer(), max_new_tokens=NEW)
+    with pytest.raises(generate.NotFinite, match="all weights are finite: the computation in float32"):
+        broken.answer(example(), ["Where?"])

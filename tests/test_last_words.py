@@ -27,6 +27,18 @@ def test_an_exit_says_its_status(code, status, reason, tmp_path):
     assert (said(tmp_path)["status"], said(tmp_path)["reason"]) == (status, reason)
 
 
+def test_an_error_that_cannot_be_written_down_is_still_the_one_that_is_raised(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    for end in (RuntimeError("cause"), SystemExit(75)):
+        with pytest.raises(type(end)) as caught, last_words.spoken(tmp_path):
+            monkeypatch.setattr(last_words.files, "write_json", full)
+            raise end
+        assert caught.value is end
+        monkeypatch.undo()
+
+
 def test_an_error_says_what_and_where(tmp_path):
     with pytest.raises(RuntimeError), last_words.spoken(tmp_path):
         raise RuntimeError("connection closed by peer")

@@ -29,7 +29,14 @@ _BAD_ROW = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIter
 
 
 class Excluded(ValueError):
-    """A record left out because its media are on the list of those that must not be trained on."""
+    """A record left out because its media are on the list of those that must not be trained on.
+
+    names: the entries of the list that name its media.
+    """
+
+    def __init__(self, path: pathlib.PurePath, names: frozenset[str]):
+        super().__init__(f"{path}: is on the list of media to leave out")
+        self.names = names
 
 
 class Schema(NamedTuple):
@@ -158,9 +165,10 @@ def _admitted(records: Iterable[Record], exclude: frozenset[str], errors: list) 
     """Yields the records none of whose media is excluded."""
     for record in records:
         paths = [pathlib.PurePath(name) for name in (record.get("video"), *record.get("images", ())) if name]
-        found = [path for path in paths if not exclude.isdisjoint((str(path), path.name, path.stem))]
-        if found:
-            errors.append(Excluded(f"{found[0]}: is on the list of media to leave out"))
+        found = {path: exclude & {str(path), path.name, path.stem} for path in paths}
+        names = frozenset().union(*found.values())
+        if names:
+            errors.append(Excluded(next(path for path in paths if found[path]), names))
         else:
             yield record
 

@@ -31,12 +31,22 @@ class PointTarget:
     media: types.Media
 
 
+def missing(annotation: annotations.Points) -> str:
+    """Returns why nobody can tell what hits the points, since a mask is missing; "" if none is."""
+    known = {mask.id for mask in annotation.masks}
+    point = next((point for point in annotation.points if point.id not in known), None)
+    return "" if point is None else (
+        f"scoring points needs a mask of every object; got none of id {point.id} ({annotation.label})")
+
+
 def target(annotation: annotations.Points, media: types.Media) -> PointTarget:
     """Returns the target of points.
 
     Raises:
-      ValueError: a point has no mask, so nobody can tell what hits it.
+      ValueError: a point has no mask, see `missing`.
     """
+    if missing(annotation):
+        raise ValueError(missing(annotation))
     found, shapes = [], []
     for point in annotation.points:
         x, y = annotations.relative(annotation, point, media)
@@ -45,9 +55,6 @@ def target(annotation: annotations.Points, media: types.Media) -> PointTarget:
         found.append((float(index), x * width, y * height))
         shapes.append({_key(mask.time if media.is_video else mask.image): mask.decode()
                        for mask in annotation.masks if mask.id == point.id})
-        if not shapes[-1]:
-            raise ValueError(f"scoring points needs a mask of every object; got none of id {point.id} "
-                             f"({annotation.label})")
     return PointTarget(points=tuple(found), masks=tuple(shapes), media=media)
 
 

@@ -1,5 +1,6 @@
 """Answers to the annotations of a data folder -> the scores of each kind, under one set of names."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -28,26 +29,41 @@ def score(answered: Sequence[Answered]) -> dict[str, float]:
 
     Kinds: video_point, image_point, image_set_point; count (every question for a number, read from the
     sentence); track; choice; qa (equal texts but for case, spaces and a final dot). Captions have no score.
-    video_point_f1, count_accuracy, track_jf, choice_accuracy are the headline names.
+    video_point_f1, count_accuracy, track_jf, choice_accuracy are the headline names. KIND_left_out, if there
+    are any, are answers that this kind cannot score, see `obstacle`.
     """
     grouped: dict[str, list[Answered]] = {}
     scorers: dict[str, Score] = {}
+    left_out: collections.Counter[str] = collections.Counter()
     for one in answered:
-        scores_of = SCORES[type(one.annotation)]
-        for kind, scorer in scores_of(one).items() if scores_of else ():
+        for kind, scorer in kinds(one.annotation, one.media).items():
             scorers[kind] = scorer
-            grouped.setdefault(kind, []).append(one)
-    scores = {}
+            if obstacle(one.annotation, scorer):
+                left_out[kind] += 1
+            else:
+                grouped.setdefault(kind, []).append(one)
+    scores: dict[str, float] = {f"{kind}_left_out": float(number) for kind, number in left_out.items()}
     for kind, items in sorted(grouped.items()):
         scores |= {f"{kind}_{name}": value for name, value in scorers[kind](items).items()}
         scores[f"{kind}_examples"] = float(len(items))
     return scores
 
 
-def _of_points(one: Answered) -> dict[str, Score]:
+def kinds(annotation: annotations.Annotation, media: types.Media) -> dict[str, Score]:
+    """Returns the scores that an answer to an annotation counts for, by name, with and without obstacles."""
+    scores_of = SCORES[type(annotation)]
+    return scores_of(annotation, media) if scores_of else {}
+
+
+def obstacle(annotation: annotations.Annotation, scorer: Score) -> str:
+    """Returns why a score cannot judge answers to an annotation, such as a missing mask; "" if it can."""
+    return _MISSING[scorer](annotation) if scorer in _MISSING else ""
+
+
+def _of_points(annotation: annotations.Points, media: types.Media) -> dict[str, Score]:
     """Returns how points are scored: as points, as a number, or as both."""
-    medium = "video" if one.media.is_video else "image" if len(one.media.sizes) == 1 else "image_set"
-    mode = one.annotation.mode
+    medium = "video" if media.is_video else "image" if len(media.sizes) == 1 else "image_set"
+    mode = annotation.mode
     return (({f"{medium}_point": _points} if mode != "count" else {})
             | ({"count": _count} if mode != "bare" else {}))
 
@@ -87,13 +103,17 @@ def _without_dots(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".")
 
 
+# What an annotation lacks for a score.
+_MISSING: dict[Score, Callable[..., str]] = {_points: points.missing, _track: tracks.missing}
+
 # Which scores an answer to this kind of annotation counts for, by their names; None: it has no score.
-SCORES: dict[type[annotations.Annotation], Callable[[Answered], dict[str, Score]] | None] = {
+SCORES: dict[type[annotations.Annotation],
+             Callable[[annotations.Annotation, types.Media], dict[str, Score]] | None] = {
     annotations.Points: _of_points,
-    annotations.Tracks: lambda one: {"track": _track},
-    annotations.Count: lambda one: {"count": _count},
-    annotations.QA: lambda one: {"qa": _qa},
-    annotations.Choice: lambda one: {"choice": _choice},
+    annotations.Tracks: lambda annotation, media: {"track": _track},
+    annotations.Count: lambda annotation, media: {"count": _count},
+    annotations.QA: lambda annotation, media: {"qa": _qa},
+    annotations.Choice: lambda annotation, media: {"choice": _choice},
     annotations.Chat: None,
     annotations.Caption: None,
 }

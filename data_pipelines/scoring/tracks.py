@@ -42,39 +42,53 @@ class TrackTarget:
     fps: float
 
 
+def missing(annotation: annotations.Tracks) -> str:
+    """Returns why nobody can tell what hits the tracks, since a visible point has no mask; "" if all have."""
+    known = {(mask.id, _frame(mask.time, annotation.fps)) for mask in annotation.masks}
+    for track in annotation.tracks:
+        for point in track.points:
+            frame = _frame(point.time, annotation.fps)
+            if frame is not None and not point.occluded and (track.id, frame) not in known:
+                return (f"scoring tracks needs a mask at every visible point; got none of id {track.id} at "
+                        f"{point.time} seconds ({annotation.label})")
+    return ""
+
+
 def target(annotation: annotations.Tracks, media: types.Media) -> TrackTarget:
     """Returns the target of tracks, at their rate of points per second.
 
     Annotated times off the grid of that rate are left out, as in the answer the model learns.
 
     Raises:
-      ValueError: a visible point has no mask.
+      ValueError: a visible point has no mask, see `missing`.
     """
+    if missing(annotation):
+        raise ValueError(missing(annotation))
     fps, (width, height) = annotation.fps, media.sizes[0]
     frames: dict[int, dict] = {}
     shapes: dict[int, dict] = {}
     for mask in annotation.masks:
-        if _is_on_grid(mask.time, fps):
-            shapes.setdefault(round(mask.time * fps), {})[mask.id] = mask.decode()
+        frame = _frame(mask.time, fps)
+        if frame is not None:
+            shapes.setdefault(frame, {})[mask.id] = mask.decode()
     for track in annotation.tracks:
         for point in track.points:
-            if not _is_on_grid(point.time, fps):
+            frame = _frame(point.time, fps)
+            if frame is None:
                 continue
-            frame = round(point.time * fps)
             visible = frames.setdefault(frame, {})
             if point.occluded:
                 continue
-            if track.id not in shapes.get(frame, {}):
-                raise ValueError(f"scoring tracks needs a mask at every visible point; got none of id "
-                                 f"{track.id} at {point.time} seconds ({annotation.label})")
             x, y = annotations.relative(annotation, point, media)
             visible[track.id] = (x * width, y * height)
     objects = tuple(track.id for track in annotation.tracks)
     return TrackTarget(objects=objects, points=frames, masks=shapes, width=width, height=height, fps=fps)
 
 
-def _is_on_grid(seconds: float, fps: float) -> bool:
-    return abs(round(seconds * fps) / fps - seconds) <= annotations.TIME_TOLERANCE
+def _frame(seconds: float, fps: float) -> int | None:
+    """Returns the frame that is shown at a time; None between frames."""
+    frame = round(seconds * fps)
+    return frame if abs(frame / fps - seconds) <= annotations.TIME_TOLERANCE else None
 
 
 def score(targets: Sequence[TrackTarget], answers: Sequence[str]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 from molmo2_jax import config as config_lib
 from molmo2_jax.hf import config as hf_config
 from molmo2_jax.inputs import prompt
+from molmo2_jax.inputs import text_file
 from molmo2_jax.inputs import tokenizer as tokenizer_lib
 
 IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
@@ -118,7 +119,7 @@ def write(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig) -> di
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Returns the JSON object of a file. Raises ValueError if it is missing or holds something else."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = text_file.read_json(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"a checkpoint folder must hold a readable {path.name}; {error}") from error
     if not isinstance(values, dict):

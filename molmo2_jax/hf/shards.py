@@ -18,8 +18,13 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from molmo2_jax.inputs import file_kind
+from molmo2_jax.inputs import text_file
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".safetensors")
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CHUNK = 1 << 26  # bytes of a tensor that are brought into torch's layout at a time
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -61,19 +66,24 @@ def _header(path: pathlib.Path) -> tuple[dict, int]:
     """Returns (header, offset of the first data byte).
 
     Raises:
-      ValueError: the file is cut short or is not a safetensors file.
+      ValueError: the file is cut short or is not a safetensors file; the message says what it is, if its
+        first bytes do.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise ValueError(f"a shard must be a complete safetensors file; {path} has {size} bytes and "
-                             f"announces a header of {length}")
+            what = file_kind.describe(path, is_binary=True) or (
+                f"cut off or no safetensors file: it announces a header of {length} bytes; download it again")
+            raise ValueError(f"a shard must be a complete safetensors file; {path} has {size} bytes and is "
+                             f"{what}")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError(f"a shard must have a JSON header; {path}: {error}") from error
+            what = file_kind.describe(path)
+            raise ValueError("a shard must have a JSON header; "
+                             + (f"{path} is {what}" if what else f"{path}: {error}")) from error
         if not isinstance(header, dict):
             raise ValueError(f"a shard's header must be an object; {path} has {type(header).__name__}")
     header.pop("__metadata__", None)
@@ -99,7 +109,8 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
         found[name] = Tensor(path, DTYPES[code], shape, base + first)
     end = base + max((info["data_offsets"][1] for info in header.values()), default=0)
     if size < end:
-        raise ValueError(f"a shard must be complete; {path} has {size} bytes, its header speaks of {end}")
+        raise ValueError(f"a shard must be complete; {path} has {size} bytes, its header speaks of {end}: "
+                         "download it again")
     # The format knows no holes: bytes that no tensor or two tensors claim are damage.
     at = base
     for name, one in sorted(found.items(), key=lambda item: item[1].offset):
@@ -124,18 +135,33 @@ def _entry(name: str, info: Any, path: pathlib.Path) -> tuple[str, tuple[int, ..
     return code, shape, first, last
 
 
+def refuse_adapter(folder: pathlib.Path) -> None:
+    """Raises ValueError if a folder holds an adapter of PEFT, which is no model without its base."""
+    if (folder / ADAPTER).is_file():
+        raise ValueError(f"a model must be whole; {folder} holds an adapter (PEFT, {ADAPTER}): merge "
+                         "it into its base model (`merge_and_unload`) and save that")
+
+
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     """Returns {name: Tensor} of a checkpoint folder, sharded or not.
 
     Raises:
-      ValueError: no weights, missing shards, or tensors that are not where the index says; all listed.
+      ValueError: no weights, an adapter, missing shards, or tensors that are not where the index says; all
+        listed.
     """
+    refuse_adapter(folder)
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file():
-            raise ValueError(f"a checkpoint folder must hold {SINGLE} or {INDEX}; got {folder}")
+            others = sorted(path.name for path in folder.glob("*") if path.suffix in _OTHER_WEIGHTS)
+            raise ValueError(f"a checkpoint folder must hold {SINGLE} or {INDEX}; got {folder}" + (
+                f" with {', '.join(others[:3])}: save the model again as safetensors" if others else ""))
         return open_file(folder / SINGLE)
     try:
-        where = dict(json.loads((folder / INDEX).read_text())["weight_map"])
+        values = text_file.read_json(folder / INDEX)
+    except ValueError as error:
+        raise ValueError(f"{INDEX} must be JSON with a weight_map; {error}") from error
+    try:
+        where = dict(values["weight_map"])
         files = sorted(set(where.values()))
         outside = [file for file in files if pathlib.PurePath(file).name != file]
     except (ValueError, KeyError, TypeError) as error:

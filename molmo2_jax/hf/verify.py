@@ -211,7 +211,7 @@ def _check_dtypes(folder: pathlib.Path, opened: checkpoint.Opened) -> tuple[str,
                              f"got {values[field]!r}")
     if (folder / shards.INDEX).is_file():
         size = sum(int(np.prod(tensor.shape)) * first.itemsize for tensor in tensors.values())
-        total = json.loads((folder / shards.INDEX).read_text()).get("metadata", {}).get("total_size")
+        total = processor.read_json(folder / shards.INDEX).get("metadata", {}).get("total_size")
         if total != size:
             raise ValueError(f"total_size of {shards.INDEX} must be {size}; got {total}")
     return str(first), str(first)

@@ -20,6 +20,8 @@ from tokenizers import pre_tokenizers
 from tokenizers import trainers
 
 from molmo2_jax import config
+from molmo2_jax.inputs import file_kind
+from molmo2_jax.inputs import text_file
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -94,10 +96,12 @@ class Tokenizer:
         if path.is_dir():
             path = path / "tokenizer.json"
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            tokenizer = tokenizers.Tokenizer.from_str(text_file.read(path))
             settings = _settings(path.parent / "tokenizer_config.json")
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
-            raise ValueError(f"a tokenizer must be a readable tokenizer.json; {path}: {error}") from error
+            what = file_kind.describe(path) if path.is_file() else ""
+            raise ValueError("a tokenizer must be a readable tokenizer.json; " + (
+                f"{path} is {what}" if what else f"{path}: {error}")) from error
         if tokenizer.token_to_id(config.SPECIAL_TOKENS[0]) is None:
             if vocab_size is None:
                 raise ValueError(f"vocab_size is needed: {path} does not hold the Molmo2 tokens yet")
@@ -150,7 +154,7 @@ class Tokenizer:
 
 
 def _settings(path: pathlib.Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return text_file.read_json(path) if path.is_file() else {}
 
 
 def _text_of(token: str | dict | None) -> str | None:

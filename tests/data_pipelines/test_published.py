@@ -10,6 +10,7 @@ import pytest
 from data_pipelines import published
 from data_pipelines import schemas
 from data_pipelines import sources
+from launch import prepare
 
 pyarrow = pytest.importorskip("pyarrow")
 from pyarrow import parquet  # noqa: E402
@@ -69,6 +70,53 @@ def test_names_that_match_nothing_are_refused(tmp_path):
         published.rows([tmp_path / "a.xml"], tmp_path)
 
 
+TABLE = "gif_name\tquestion\tanswer\na\tWho sits in the café?\tthe naïve man\n"
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.tsv", TABLE), ("a.csv", TABLE.replace("\t", ",")), ("quoted.csv", '"gif_name",b\r\n"a",é\r\n'),
+    ("a.json", '[{"gif_name": "é"}]'), ("a.jsonl", '{"gif_name": "é"}\n{"gif_name": "b"}\n')])
+def test_a_byte_order_mark_changes_no_row(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode("utf-8"))
+    plain = list(published.rows([tmp_path / name], tmp_path))
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert list(published.rows([tmp_path / name], tmp_path)) == plain
+    assert all("gif_name" in row for row in plain)
+
+
+@pytest.mark.parametrize("suffix", ["tsv", "csv", "json", "jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_wide_encodings_are_refused_before_the_first_row(tmp_path, suffix, encoding):
+    (tmp_path / f"a.{suffix}").write_bytes('{"gif_name": "x"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match=rf"a\.{suffix}: text must be UTF-8.*iconv -f UTF-"):
+        published.rows([tmp_path / f"a.{suffix}"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv"])
+def test_a_table_of_another_encoding_is_refused_before_the_first_row(tmp_path, name):
+    (tmp_path / name).write_bytes(TABLE.encode("cp1252"))
+    with pytest.raises(ValueError, match=r"byte 0xe9 at offset \d+, line 2, perhaps Windows code page 1252"):
+        published.rows([tmp_path / name], tmp_path)
+
+
+def test_lines_of_another_encoding_are_errors_in_their_place(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"a": "x"}\n{"a": "é"}\n{"a": "y"}\n'.encode("cp1252"))
+    first, second, third = published.rows([tmp_path / "a.jsonl"], tmp_path)
+    assert (first, third) == ({"a": "x"}, {"a": "y"})
+    assert "a.jsonl:2: must be JSON" in str(second) and "must be UTF-8; got byte 0xe9" in str(second)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "tsv", "csv", "json", "jsonl"])
+def test_pointers_and_pages_instead_of_rows_are_called_that(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11\n")
+    with pytest.raises(ValueError, match=rf"a\.{suffix} is a Git LFS pointer"):
+        published.rows([path], tmp_path)
+    path.write_text("<!DOCTYPE html><p>404")
+    with pytest.raises(ValueError, match=rf"a\.{suffix} is a page of HTML"):
+        published.rows([path], tmp_path)
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     write_charts(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -85,6 +133,34 @@ def test_media_of_evaluations_are_left_out_and_counted(tmp_path):
     assert number == len(kept) == 4 and not [example for example in kept if held_out in example.images[0]]
     assert [type(error) for error in errors] == [schemas.Excluded] * 2
     assert str(errors[0]) == f"media/{held_out}.png: is on the list of media to leave out"
+    assert errors[0].names == {held_out}
+
+
+def test_all_names_of_a_record_count_as_matched(capsys):
+    record = {"images": ["media/a.png", "media/b.png"]}
+    errors = []
+    assert not list(schemas._admitted([record], frozenset({"a", "b.png", "c", "d", "e", "f"}), errors))
+    prepare._show_unmatched({"a", "b.png", "c", "d", "e", "f"}, [*errors, ValueError("other")])
+    assert capsys.readouterr().out == (
+        "--exclude: 4 of 6 names match no medium of these rows: 'c', 'd', 'e', ...\n")
+    prepare._show_unmatched({"a", "b.png"}, errors)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding, end", [("utf-8", "\n"), ("utf-8-sig", "\n"), ("utf-8-sig", "\r\n")])
+def test_lists_of_media_to_leave_out_may_have_marks(tmp_path, encoding, end):
+    for name in "ab":
+        (tmp_path / name).write_bytes(end.join([f"{name}.gif", f"  {name}é.gif ", ""]).encode(encoding))
+    (tmp_path / "both").write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
+    wanted = {"a.gif", "aé.gif", "b.gif", "bé.gif"}
+    assert prepare._names([tmp_path / "a", tmp_path / "b"]) == prepare._names([tmp_path / "both"]) == wanted
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252"])
+def test_lists_of_media_in_other_encodings_are_refused(tmp_path, encoding):
+    (tmp_path / "list").write_bytes("a.gif\né.gif\n".encode(encoding))
+    with pytest.raises(ValueError, match="list: text must be UTF-8; got .* at offset"):
+        prepare._names([tmp_path / "list"])
 
 
 def test_a_task_is_prepared_at_the_command_line(tmp_path):
@@ -98,5 +174,6 @@ def test_a_task_is_prepared_at_the_command_line(tmp_path):
         capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "27 records; left out: 14 rows, records or annotations, 13 of them by --exclude" in done.stdout
+    assert "--exclude: 1 of 2 names match no medium of these rows: 'other'\n" in done.stdout
     assert "must have the column" in (tmp_path / "charts/left_out.txt").read_text()
     assert len(sources.read_jsonl(tmp_path / "charts/annotations.jsonl")) == 27

@@ -367,8 +367,31 @@ def test_objects_without_masks_cannot_be_scored(answered):
     for kind in ("points", "tracks"):
         one = next(one for one in answered if getattr(one.annotation, kind, ()))
         bare = dataclasses.replace(one, annotation=dataclasses.replace(one.annotation, masks=()))
+        [kind] = [name for name in suite.kinds(one.annotation, one.media) if name != "count"]
+        others = {name: value for name, value in suite.score(answered).items()
+                  if not name.startswith((kind, "count"))}
+        mixed = suite.score([*answered, bare])
+        assert mixed[f"{kind}_left_out"] == 1 and f"{kind}_left_out" not in suite.score(answered)
+        assert mixed[f"{kind}_examples"] == suite.score(answered)[f"{kind}_examples"]
+        assert {name: mixed[name] for name in others} == others
+        assert f"{kind}_examples" not in suite.score([bare])
+        target = points.target if kind != "track" else tracks.target
         with pytest.raises(ValueError, match="scoring .* needs a mask"):
-            suite.score([bare])
+            target(bare.annotation, bare.media)
+
+
+def test_one_missing_mask_is_enough_and_only_what_is_asked_needs_one(answered):
+    one = next(one.annotation for one in answered if getattr(one.annotation, "tracks", ()))
+    assert not tracks.missing(one)
+    asked = {(track.id, point.time) for track in one.tracks for point in track.points if not point.occluded}
+    for mask in one.masks:
+        rest = dataclasses.replace(one, masks=tuple(other for other in one.masks if other is not mask))
+        assert bool(tracks.missing(rest)) == ((mask.id, mask.time) in asked)
+    spot = next(one.annotation for one in answered if len(getattr(one.annotation, "points", ())) > 1)
+    first = spot.points[0].id
+    rest = dataclasses.replace(spot, masks=tuple(mask for mask in spot.masks if mask.id != first))
+    assert f"got none of id {first}" in points.missing(rest)
+    assert not points.missing(dataclasses.replace(spot, points=(), masks=()))
 
 
 def test_a_score_of_nothing_is_refused():

@@ -298,6 +298,15 @@ def test_a_file_without_records_is_refused(tmp_path, content):
     assert len(sources.read_jsonl_collecting(path)[1]) == 1
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_a_file_of_another_encoding_is_one_refusal_that_says_so(tmp_path, encoding):
+    path = tmp_path / "annotations.jsonl"
+    path.write_bytes(('{"annotations": []}\n' * 9).encode(encoding))
+    examples, errors = sources.read_jsonl_collecting(path)
+    assert not examples and len(errors) == 1
+    assert f"{path}: text must be UTF-8; got " in str(errors[0])
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="annotations.jsonl: an annotation file must exist"):
         sources.read_jsonl(tmp_path / "annotations.jsonl")

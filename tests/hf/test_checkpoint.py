@@ -353,6 +353,76 @@ def test_a_broken_folder_costs_one_sentence_and_no_reading(damage, message, tmp_
         checkpoint.import_checkpoint(folder)
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4900000000\n"
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (POINTER, "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"<!doctype html><title>404</title>", "is a page of HTML"),
+    (b"\xef\xbb\xbf\n <HTML><body>Sign in</body>", "is a page of HTML"),
+    (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a page of HTML or XML"),
+    (b"Entry not found", "is a text that begins 'Entry not found'"),
+    (b"", "has 0 bytes and is empty: download the file again"),
+    (b"PK\x03\x04" + bytes(200), "is a zip archive, as torch.save writes"),
+    (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", "is a pickle, as older versions of torch.save write"),
+    (b"GGUF\x03" + bytes(90), "is a GGUF file"),
+    ((1000).to_bytes(8, "little") + b'{"a": {"dtype": "F32", "sh', "is cut off or no safetensors file"),
+])
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_what_is_no_safetensors_file_is_called_what_it_is(content, words, is_sharded, tmp_path):
+    folder = export(tmp_path / "a", max_shard_bytes=3e4 if is_sharded else 1e9)
+    path = sorted(folder.glob("*.safetensors"))[-1]
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        checkpoint.import_checkpoint(folder)
+    assert str(path) in str(caught.value) and words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", shards.INDEX, "preprocessor_config.json"])
+@pytest.mark.parametrize(("content", "words"), [
+    (POINTER, "is a Git LFS pointer"), (b"<html></html>", "is a page of HTML"), (b"", "is empty"),
+    (b"PK\x03\x04\x00\x00", "is a zip archive")])
+def test_json_files_that_are_something_else_are_called_that(name, content, words, tmp_path):
+    folder = export(tmp_path / "a", max_shard_bytes=3e4)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} {words}"):
+        checkpoint.import_checkpoint(folder)
+
+
+def test_adapters_are_refused_with_and_without_a_model_beside_them(tmp_path):
+    folder = export(tmp_path / "a")
+    (folder / shards.ADAPTER).write_text('{"peft_type": "LORA"}')
+    for weights_name in ("adapter_model.safetensors", "adapter_model.bin"):
+        with pytest.raises(ValueError, match=r"holds an adapter \(PEFT, adapter_config.json\): merge it"):
+            checkpoint.import_checkpoint(folder)
+        next(folder.glob("*.safetensors")).rename(folder / weights_name)
+
+
+def test_weights_of_other_formats_are_named(tmp_path):
+    folder = export(tmp_path / "a")
+    (folder / shards.SINGLE).rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"got .* with pytorch_model.bin: save the model again as"):
+        checkpoint.import_checkpoint(folder)
+
+
+def test_byte_order_marks_in_json_files_change_nothing_and_other_encodings_are_refused(tmp_path):
+    folder = export(tmp_path / "a", max_shard_bytes=3e4)
+    params, *configs = checkpoint.import_checkpoint(folder)
+    for path in folder.glob("*.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    again, *configs_again = checkpoint.import_checkpoint(folder)
+    assert configs_again == configs and len(list(folder.glob("*.json"))) > 3
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    for name in ("config.json", shards.INDEX, "preprocessor_config.json"):
+        path = folder / name
+        kept = path.read_bytes()
+        path.write_bytes(kept.decode("utf-8-sig").encode("utf-16"))
+        with pytest.raises(ValueError, match=rf"{name}: text must be UTF-8; got .*probably UTF-16"):
+            checkpoint.import_checkpoint(folder)
+        path.write_bytes(kept)
+
+
 def test_parameters_that_do_not_fit_the_config_are_all_named(tmp_path):
     params = packs.random_params(CONFIG)
     del params["connector"]["pool"]["k"]["bias"]

@@ -194,6 +194,29 @@ def test_bos_and_eos_come_from_the_file_beside_it(tmp_path):
         tokenizer.Tokenizer.from_file(tmp_path, 8)
 
 
+def test_a_byte_order_mark_changes_no_tokenizer_and_other_encodings_are_refused(small, tmp_path):
+    small.save(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = tmp_path / name
+        path.write_bytes(path.read_text(encoding="utf-8").encode("utf-8-sig"))
+    again = tokenizer.Tokenizer.from_file(tmp_path, small.vocab_size)
+    assert (again.bos_id, again.eos_id) == (small.bos_id, small.eos_id)
+    assert again.encode("Point to the red circle.") == small.encode("Point to the red circle.")
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        path = tmp_path / name
+        path.write_bytes(path.read_text(encoding="utf-8-sig").encode("utf-16"))
+        with pytest.raises(ValueError, match=f"{name}: text must be UTF-8; got .*probably UTF-16"):
+            tokenizer.Tokenizer.from_file(tmp_path, small.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_pointer_instead_of_a_tokenizer_is_called_that(small, tmp_path, name):
+    small.save(tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 11\n")
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*`git lfs pull`"):
+        tokenizer.Tokenizer.from_file(tmp_path, small.vocab_size)
+
+
 def test_files_that_are_no_tokenizers_are_refused(tmp_path):
     with pytest.raises(ValueError, match="readable tokenizer.json"):
         tokenizer.Tokenizer.from_file(tmp_path / "missing.json")

@@ -1,4 +1,5 @@
 import ast
+import errno
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from launch import cli
 from launch import record
 from launch import run
 from molmo2_jax import config
+from molmo2_jax import files
 
 NANO = "gin_configs/models/nano.gin"
 
@@ -58,6 +60,19 @@ def test_a_missing_file_is_one_sentence(capsys, tmp_path):
 def test_a_rule_broken_in_our_own_code_is_one_sentence(capsys):
     assert "window must be at least" in refused(
         capsys, lambda _: config.ConnectorConfig(video_window=(0, 1)))
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (OSError(errno.ENOSPC, "No space left on device"), "a file could not be written or read: No space left"),
+    (OSError(errno.EROFS, "Read-only file system", "/disk/a"), "/disk/a could not be written or read: Read"),
+    (ValueError("RESOURCE_EXHAUSTED: Error\n: No space left on device"), "No space left on device"),
+    (files.StorageError("the run could not write"), "error: the run could not write\n")])
+def test_faults_of_a_disk_are_one_sentence_and_no_mistake_of_the_user(error, words, capsys):
+    def main(_):
+        raise error
+    assert start(main) == cli.DISK_ERROR not in (cli.USER_ERROR, cli.UNFINISHED)
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
 
 
 def test_errors_of_other_code_keep_their_traceback():

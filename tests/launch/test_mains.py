@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
@@ -135,6 +136,34 @@ def test_generate_answers_mistakes_with_one_sentence(arguments, words, model_fol
     assert message.startswith("error: ") and words in message
 
 
+@pytest.fixture(scope="module")
+def nan_folder(model_folder, tmp_path_factory):
+    """The model with one weight that is not a number."""
+    folder = tmp_path_factory.mktemp("nan") / "hf"
+    shutil.copytree(model_folder, folder)
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["model.transformer.ln_f.weight"][3] = np.nan
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--stream"], ["--temperature=1", "--top_k=5", "--seed=2"]])
+def test_generate_says_that_logits_are_not_finite_and_which_weights(how, nan_folder, capsys):
+    assert start(generate.main, f"--model={nan_folder}", "--prompt=Where?", "--max_new_tokens=3",
+                 *how) == cli.USER_ERROR
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1
+    assert "error: logits must be finite; got NaN or infinity, and so are the weights text/" in told.err
+
+
+def test_evaluate_says_that_logits_are_not_finite_before_any_score(nan_folder, data_folder, tmp_path, capsys):
+    assert start(evaluate.main, f"--model={nan_folder}", f"--data={data_folder}", "--max_new_tokens=4",
+                 f"--output={tmp_path / 'scores.json'}") == cli.USER_ERROR
+    told = capsys.readouterr()
+    assert "_accuracy" not in told.out
+    assert "error: logits must be finite" in told.err.splitlines()[-1]
+
+
 def test_evaluate_prints_and_writes_scores(model_folder, data_folder, tmp_path, capsys):
     output, folder = tmp_path / "scores.json", tmp_path / "data"
     shutil.copytree(data_folder, folder)
@@ -147,6 +176,99 @@ def test_evaluate_prints_and_writes_scores(model_folder, data_folder, tmp_path, 
     assert scores["records_left_out"] == 1
     told = capsys.readouterr().out
     assert f"{folder}: 3 answers" in told and f"left out: {folder}/annotations.jsonl:2: record: must" in told
+
+
+def without_masks(folder, target, number):
+    """Copies a data folder; its record is there `number` times without masks, after the one with them."""
+    shutil.copytree(folder, target)
+    record = json.loads((target / "annotations.jsonl").read_text())
+    bare = {name: value for name, value in record.items() if name != "masks"}
+    lines = [json.dumps(one) + "\n" for one in [record] + [bare] * number]
+    (target / "annotations.jsonl").write_text("".join(lines))
+    return target
+
+
+def test_what_a_score_cannot_judge_is_left_out_of_it_before_the_first_answer(
+        model_folder, data_folder, tmp_path, capsys, monkeypatch):
+    folder, output = without_masks(data_folder, tmp_path / "data", 2), tmp_path / "scores.json"
+    answer, told = evaluate_lib._answer, []
+
+    def first(*arguments):
+        told.append(capsys.readouterr().out)
+        return answer(*arguments)
+
+    monkeypatch.setattr(evaluate_lib, "_answer", first)
+    assert start(evaluate.main, f"--model={model_folder}", f"--data={folder}", "--rows=4",
+                 "--max_new_tokens=4", f"--output={output}") == 0
+    scores = json.loads(output.read_text())[str(folder)]
+    assert (scores["image_point_examples"], scores["image_point_left_out"]) == (1, 2)
+    assert scores["choice_examples"] == scores["qa_examples"] == 3 and scores["records_left_out"] == 0
+    listed = [line for line in told[0].splitlines() if "left out of the score" in line]
+    assert len(listed) == 2 and "annotations.jsonl:3: annotations[0] has no image_point score" in listed[1]
+    assert "needs a mask of every object; got none of id 1" in listed[1]
+    assert "image_point_left_out: 2 annotations" in told[0]
+
+
+def write_other_folder(folder, annotations=ANNOTATIONS[2:3], content=None):
+    folder.mkdir()
+    if content is None:
+        Image.new("RGB", SIZE).save(folder / "a.png")
+    else:
+        (folder / "a.png").write_bytes(content)
+    (folder / "annotations.jsonl").write_text(json.dumps({"images": ["a.png"], "annotations": annotations}))
+    return folder
+
+
+def test_a_folder_that_fails_is_named_and_the_others_keep_their_scores(
+        model_folder, data_folder, tmp_path, capsys):
+    broken = write_other_folder(tmp_path / "broken", content=b"no picture")
+    bare = write_other_folder(tmp_path / "bare", annotations=ANNOTATIONS[:1])
+    output = tmp_path / "scores.json"
+    assert start(evaluate.main, f"--model={model_folder}", f"--data={broken}", f"--data={bare}",
+                 f"--data={data_folder}", "--max_new_tokens=4", f"--output={output}") == cli.USER_ERROR
+    scores = json.loads(output.read_text())
+    assert list(scores) == [str(data_folder)] and scores[str(data_folder)]["qa_examples"] == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: {broken} has no scores: no example could be answered: annotations")
+    assert f"; {bare} has no scores: no example could be answered: none has a question that can be" in last
+
+
+def test_scores_of_folders_that_are_done_survive_whatever_a_later_one_does(
+        model_folder, data_folder, tmp_path, monkeypatch):
+    later, output = write_other_folder(tmp_path / "later"), tmp_path / "scores.json"
+    real = evaluate_lib.evaluate
+
+    def out_of_memory(*arguments, title, **options):
+        if title == str(later):
+            assert list(json.loads(output.read_text())) == [str(data_folder)]
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory\nwhile allocating")
+        return real(*arguments, title=title, **options)
+
+    monkeypatch.setattr(evaluate_lib, "evaluate", out_of_memory)
+    ended = start(evaluate.main, f"--model={model_folder}", f"--data={data_folder}", f"--data={later}",
+                  "--max_new_tokens=4", f"--output={output}")
+    assert ended == f"error: {later} has no scores: RESOURCE_EXHAUSTED: out of memory while allocating"
+    assert list(json.loads(output.read_text())) == [str(data_folder)]
+
+
+def test_answers_with_logits_that_are_not_finite_do_not_pass_for_success(
+        model_folder, data_folder, tmp_path, capsys, monkeypatch):
+    answer = evaluate_lib._answer
+
+    def one_of_two(answerer, batch, rows):
+        made = answer(answerer, batch, rows)
+        for found in made.values():
+            if batch[0].index == 1:
+                found[0] = dataclasses.replace(found[0], answer=dataclasses.replace(
+                    found[0].answer, logprob=float("nan")))
+        return made
+
+    monkeypatch.setattr(evaluate_lib, "_answer", one_of_two)
+    folder, output = without_masks(data_folder, tmp_path / "data", 1), tmp_path / "scores.json"
+    assert start(evaluate.main, f"--model={model_folder}", f"--data={folder}", "--rows=1",
+                 "--max_new_tokens=4", f"--output={output}") == cli.USER_ERROR
+    assert json.loads(output.read_text())[str(folder)]["records_left_out"] == 1
+    assert "1 records were left out because their logits were not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -237,6 +359,7 @@ def test_a_model_is_loaded_onto_the_shards_of_a_mesh(model_folder):
     (["exprot"], "got exprot"),
     (["export"], "--model must be given"),
     (["import", "--model=MODEL"], "--output must be given"),
+    (["import", "--model=ADAPTER", "--output=new"], "holds an adapter (PEFT"),
     (["export", "--model=MODEL", "--output=MODEL"], "new or empty folder"),
     (["import", "--model=MODEL", "--output=MODEL"], "--output must be a new or empty folder"),
     (["verify"], "--hf must be given"),
@@ -245,8 +368,10 @@ def test_a_model_is_loaded_onto_the_shards_of_a_mesh(model_folder):
     (["assemble", "--text=MODEL", "--vision=MODEL", "--output=new",
       "--gin_file=gin_configs/models/nano.gin"], "model_type of a tower must be one of"),
 ])
-def test_convert_answers_mistakes_with_one_sentence(arguments, words, model_folder, capsys):
-    arguments = [one.replace("MODEL", str(model_folder)) for one in arguments]
+def test_convert_answers_mistakes_with_one_sentence(arguments, words, model_folder, tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    arguments = [one.replace("MODEL", str(model_folder)).replace("ADAPTER", str(tmp_path))
+                 for one in arguments]
     assert start(convert.main, *arguments) == cli.USER_ERROR
     assert words in capsys.readouterr().err
 

@@ -55,6 +55,25 @@ def test_later_bindings_win_over_files_and_earlier_bindings():
     assert resolved.model.text.num_layers == 9
 
 
+def test_gin_files_may_have_byte_order_marks_also_where_they_are_included(tmp_path):
+    inner, outer = tmp_path / "inner.gin", tmp_path / "outer.gin"
+    text = (run.ROOT / NANO).read_text(encoding="utf-8") + "config.TextConfig.num_layers = 9  # épais\n"
+    inner.write_bytes(text.encode("utf-8-sig"))
+    outer.write_bytes(f"include '{inner}'\r\n".encode("utf-8-sig"))
+    assert run.resolve([outer]).model.text.num_layers == 9
+
+
+@pytest.mark.parametrize("encoding, words", [
+    ("utf-16", "probably UTF-16"), ("cp1252", "byte 0xe9 at offset")])
+def test_gin_files_of_other_encodings_are_refused(tmp_path, encoding, words):
+    inner, outer = tmp_path / "inner.gin", tmp_path / "outer.gin"
+    inner.write_bytes("# épais\n".encode(encoding))
+    outer.write_text(f"include '{inner}'\n")
+    for path in (inner, outer):
+        message = rejected(files=(path,))
+        assert f"{inner}: text must be UTF-8" in message and words in message
+
+
 def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
     run_file = tmp_path / "mine.gin"
     run_file.write_text(f"include '{NANO}'\n")

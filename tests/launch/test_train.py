@@ -1,10 +1,12 @@
 """launch.train as a user runs it: killed, started again, over a folder in which much is broken."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -143,13 +145,13 @@ def world(tmp_path_factory):
     return gin, break_records(gin.parent)
 
 
-def command(world, workdir, *flags):
+def command(world, workdir, *flags, **how):
     """Starts launch.train on one device."""
     environment = os.environ | {"XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(run.ROOT)}
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen([sys.executable, "-m", "launch.train", f"--gin_file={world[0]}",
                                  f"--workdir={workdir}", *flags],
-                                cwd=run.ROOT, env=environment, stdout=log, stderr=log)
+                                cwd=run.ROOT, env=environment, stdout=log, stderr=log, **how)
 
 
 def finish(process, workdir):
@@ -200,6 +202,23 @@ def test_a_run_killed_at_any_moment_and_started_again_repeats_every_loss(world, 
     assert losses(workdir) == losses(uninterrupted), f"killed behind step {len(before)}"
     assert counters(workdir) == counters(uninterrupted)
     assert f" 0/{STEPS} [" not in pathlib.Path(f"{workdir}.log").read_text()[first_log:]  # the bar
+
+
+def test_a_disk_that_takes_no_more_ends_the_run_with_what_is_kept_and_the_command_resumes(world, tmp_path):
+    workdir = tmp_path / "full"
+    log = pathlib.Path(f"{workdir}.log")
+    finish(command(world, workdir, "--gin=train.TrainConfig.steps = 3"), workdir)
+    kept = max(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
+    more = (world, workdir, "--gin=train.TrainConfig.steps = 6")
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kept // 2, kept // 2))
+    assert command(*more, preexec_fn=limit).wait(timeout=240) == cli.DISK_ERROR, log.read_text()[-3000:]
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith(f"error: the run could not write to {workdir}: File too large (")
+    assert "; kept: the checkpoint of step 3. Once" in last and "resumes after step 3" in last
+    said = json.loads((workdir / "hosts" / "0.json").read_text())
+    assert said["status"] == "failed" and "could not write to" in said["reason"]
+    finish(command(*more), workdir)
+    assert list(losses(workdir)) == [1, 2, 3, 4, 5, 6]
 
 
 def saved(workdir):
