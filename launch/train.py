@@ -115,6 +115,10 @@ def first_params(config: run.RunConfig, start: str | None, workdir: pathlib.Path
     wanted, got = (_sizes(dataclasses.asdict(model)) for model in (config.model, source.model))
     if wanted != got:
         raise ValueError(f"--init_from must hold a model of the sizes of this run, {wanted}; got {got}")
+    markers = source.inputs.use_frame_special_tokens
+    if markers != config.inputs.use_frame_special_tokens:
+        raise ValueError("a run must mark frames as the model of --init_from does: bind "
+                         f"config.InputConfig.use_frame_special_tokens = {markers}; got {not markers}")
     remote_code.write(remote_code.read(source.code), workdir / remote_code.NAME)
     return source.params
 

@@ -151,7 +151,8 @@ class InputConfig:
     max_fps: float = 2.0
     max_tracking_fps: int = 10             # of examples with tracking_fps; the paper says 2, its code has 10
     frame_time_text: bool = True              # the seconds before each frame, as text
-    per_frame_special_tokens: bool = True     # one <frame_start>/<frame_end> pair per frame, not per video
+    per_frame_special_tokens: bool = True     # one pair of markers per frame, not per video
+    use_frame_special_tokens: bool = True     # <frame_start>, <frame_end>; or <im_start>, <im_end>
     max_read_seconds: float = 600.0           # longest that reading the media of an example may take
 
     def __post_init__(self):

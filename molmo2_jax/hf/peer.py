@@ -51,7 +51,7 @@ def arguments(sequences: Sequence[types.Sequence], config: config_lib.Molmo2Conf
               "position_ids": np.maximum(np.cumsum(mask, 1) - 1, 0)}
     seen = [one for one in sequences if len(one.pooled)]
     if seen:
-        is_video = config.special_id("<frame_start>") in seen[0].tokens
+        is_video = config.special_id("<low_res_im_start>") not in seen[0].tokens
         pixels, pooling, grids = (
             ("pixel_values_videos", "video_token_pooling", "video_grids") if is_video else
             ("pixel_values", "image_token_pooling", "image_grids"))
@@ -68,7 +68,7 @@ def _grids(one: types.Sequence, config: config_lib.Molmo2Config, is_video: bool)
     """Returns int[images, 4] (overview, tiles) or int[1, 3] (frames); only products are read."""
     patch, end = config.special_id("<im_patch>"), config.special_id("<im_end>")
     if is_video:
-        frames = int((one.tokens == config.special_id("<frame_start>")).sum())
+        frames = int(one.image.max()) + 1
         return np.array([[frames, 1, int((one.tokens == patch).sum()) // frames]])
     rows = []
     for number in range(one.image.max() + 1):

@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from molmo2_jax import config as config_lib
 from molmo2_jax.hf import checkpoint
+from molmo2_jax.hf import compare
 from molmo2_jax.hf import shards
 from molmo2_jax.hf import verify
 from molmo2_jax.inputs import tokenizer as tokenizers
@@ -117,6 +118,8 @@ FIELDS, TENSORS = "fields for the remote code and vLLM", "names and shapes of te
     (drop("config.json", "vit_config", "image_num_pos"), FIELDS, "vit_config lacks image_num_pos"),
     (drop("config.json", "use_cache"), FIELDS, "config.json lacks use_cache"),
     (put("config.json", False, "use_frame_special_tokens"), FIELDS, "use_frame_special_tokens must be true"),
+    (put("processor_config.json", False, "use_frame_special_tokens"), FIELDS,
+     "use_frame_special_tokens must be false as in processor_config.json"),
     (drop("processor_config.json", "use_single_crop_col_tokens"), FIELDS, "lacks use_single_crop_col_tokens"),
     (drop("video_preprocessor_config.json", "sampling_fps"), FIELDS, "lacks sampling_fps"),
     (lambda folder: max(folder.glob("*.safetensors")).unlink(), TENSORS, "every shard of the index"),
@@ -167,8 +170,8 @@ def test_a_folder_saved_by_transformers_is_told_from_the_released_layout(made, t
 
 def test_wrong_logits_fail(made, monkeypatch):
     pytest.importorskip("transformers")
-    ours = verify.our_logits
-    monkeypatch.setattr(verify, "our_logits", lambda *args: [1.001 * one for one in ours(*args)])
+    ours = compare.our_logits
+    monkeypatch.setattr(compare, "our_logits", lambda *args: [1.001 * one for one in ours(*args)])
     found = statuses(verify.verify(made[1]))
     assert {found[name] for name in found if name.startswith("logits: ") and "ours" not in name} == {"FAIL"}
 

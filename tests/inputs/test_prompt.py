@@ -88,3 +88,16 @@ def test_subtitles_are_listed_near_the_frames_that_are_shown():
     assert prompt.subtitle_text(subtitles, [2.0, 19.0]) == "subtitle\n0.0 - 1.0 hello\n20.0 - 21.0 bye\n"
     assert prompt.subtitle_text(subtitles, [5.0]) == "" and prompt.subtitle_text([]) == ""
     assert prompt.subtitle_text("as it is") == "subtitle\nas it is"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_frames_are_marked_as_transformers_marks_them(value):
+    processing = pytest.importorskip("transformers.models.molmo2.processing_molmo2")
+    torch = pytest.importorskip("torch")
+    theirs = object.__new__(processing.Molmo2Processor)
+    theirs.use_frame_special_tokens, theirs.video_use_col_tokens = value, False
+    start, end = prompt.frame_markers(config.InputConfig(use_frame_special_tokens=value))
+    seconds = [0.0, 0.5, 12.25]
+    ours = "".join(prompt.frame_time_text(second, place == 0) + start + "<im_patch>" * 6 + end
+                   for place, second in enumerate(seconds))
+    assert theirs.get_video_string(torch.tensor([3, 2, 3]), seconds) == ours
