@@ -126,7 +126,7 @@ def first_params(config: run.RunConfig, start: str | None, workdir: pathlib.Path
 def _sizes(values: dict) -> dict:
     """Returns a model's values without those that no parameter depends on."""
     free = ("init_std", "embedding_init_std", "position_init_std", "max_positions", "visual_attention",
-            "image_window", "video_window")
+            "visual_merge", "freeze_patch_row", "image_window", "video_window")
     return {name: _sizes(value) if isinstance(value, dict) else value
             for name, value in values.items() if name not in free}
 

@@ -18,6 +18,7 @@ SPECIAL_TOKENS = (
 )
 
 VisualAttention = Literal["image_tokens", "within_image", "causal"]
+VisualMerge = Literal["add", "replace"]
 
 
 def _require(ok: bool, rule: str, value) -> None:
@@ -122,11 +123,20 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Molmo2Config:
-    """The whole model. `visual_attention` says which visual tokens see each other in both directions."""
+    """The whole model.
+
+    visual_attention: which visual tokens see each other in both directions.
+    visual_merge: "add" adds visual features to the embedding of `<im_patch>`, as the reference and
+      transformers do; "replace" puts them in its place, as vLLM does. For comparisons: do not train with it.
+    freeze_patch_row: the embedding of `<im_patch>` is initialised with zeros and gets no gradient. While it
+      is zero, adding and replacing are the same. For models that are trained from nothing.
+    """
     vision: VisionConfig
     connector: ConnectorConfig
     text: TextConfig
     visual_attention: VisualAttention = "image_tokens"
+    visual_merge: VisualMerge = "add"
+    freeze_patch_row: bool = False
 
     def __post_init__(self):
         _require(max(self.connector.taps) < self.vision.num_layers,
@@ -134,6 +144,8 @@ class Molmo2Config:
         _require(self.visual_attention in ("image_tokens", "within_image", "causal"),
                  "visual_attention must be 'image_tokens', 'within_image' or 'causal'",
                  self.visual_attention)
+        _require(self.visual_merge in ("add", "replace"), "visual_merge must be 'add' or 'replace'",
+                 self.visual_merge)
 
     def special_id(self, token: str) -> int:
         """Vocabulary id of one of SPECIAL_TOKENS."""
@@ -190,6 +202,7 @@ def molmo2_o_7b() -> Molmo2Config:
 def nano() -> Molmo2Config:
     """The same architecture at laptop size, for the quickstart, tests and demos."""
     return Molmo2Config(
+        freeze_patch_row=True,
         vision=VisionConfig(image_size=72, patch_size=8, width=64, num_layers=3, num_heads=4, head_dim=16,
                             mlp_width=256, position_init_std=0.5),
         connector=ConnectorConfig(taps=(2, 0), num_heads=4, head_dim=16, mlp_width=256, init_std=None),

@@ -28,6 +28,7 @@ from molmo2_jax.model import molmo2
 # mask of visual tokens, which transformers leaves out without mm_token_type_ids, over 4e-4.
 LOGITS_TOLERANCE = 1e-4
 QUESTION = "How many red circles are there in 2.5 s?"
+Rule = Callable[[config_lib.Molmo2Config], config_lib.Molmo2Config]  # to the model whose logits are compared
 
 
 class Check(NamedTuple):
@@ -66,7 +67,8 @@ def differences(name: str, ours: Any, theirs: Any) -> list[str]:
         return [text for field in ours for text in
                 differences(f"{name}.{field}", ours[field], theirs.get(field))]
     # Initialisation is not part of the format.
-    return [] if ours == theirs or name.endswith("init_std") else [f"{name} is {ours} instead of {theirs}"]
+    is_free = name.endswith(("init_std", "freeze_patch_row"))
+    return [] if ours == theirs or is_free else [f"{name} is {ours} instead of {theirs}"]
 
 
 def examples(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig,
@@ -90,6 +92,14 @@ def examples(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig,
     return {kind: (sequences.build(crops, [branch], tokenizer), used) for kind, (crops, used) in seen.items()}
 
 
+def as_vllm(config: config_lib.Molmo2Config) -> config_lib.Molmo2Config:
+    """Returns the model as vLLM (0.32) computes it.
+
+    No visual token sees a later one, and visual features replace the embedding of `<im_patch>`.
+    """
+    return dataclasses.replace(config, visual_attention="causal", visual_merge="replace")
+
+
 def our_logits(params: Mapping[str, Any], config: config_lib.Molmo2Config, group: list[types.Sequence]
                ) -> list[np.ndarray]:
     """Returns float32[T, V] logits of each sequence in float32."""
@@ -102,7 +112,14 @@ def our_logits(params: Mapping[str, Any], config: config_lib.Molmo2Config, group
 
 
 def with_transformers(report: Report, folder: pathlib.Path, opened: checkpoint.Opened | None,
-                              tokenizer: tokenizers.Tokenizer | None) -> None:
+                      tokenizer: tokenizers.Tokenizer | None, is_vllm: bool = False,
+                      logits_to: pathlib.Path | None = None) -> None:
+    """Runs the checks.
+
+    Args:
+      is_vllm: both sides compute logits as `as_vllm` says.
+      logits_to: an .npz file to write with "KIND/tokens", "KIND/logits" and "KIND/still N" of each question.
+    """
     report.run("transformers: config", _check_their_config, folder, opened)
     cases = None
     if opened and tokenizer:
@@ -113,10 +130,13 @@ def with_transformers(report: Report, folder: pathlib.Path, opened: checkpoint.O
     else:
         report.skip("transformers: processor", "torchvision is not installed")
     # Ours first, so that one model is held at a time.
-    ours = report.run("logits: ours", _compute_ours, folder, cases)
+    rule = as_vllm if is_vllm else lambda config: config
+    ours = report.run("logits: ours", _compute_ours, folder, cases, rule)
+    if logits_to is not None:
+        report.run("logits: written", _write_logits, logits_to, cases, ours)
     model = report.run("transformers: tensors", _load_theirs, folder)
     for kind in cases or ():
-        report.run(f"logits: {kind}", _compare_logits, kind, model, opened, cases, ours)
+        report.run(f"logits: {kind}", _compare_logits, kind, model, opened, cases, ours, rule)
 
 
 def _check_their_config(folder: pathlib.Path, opened: checkpoint.Opened) -> str:
@@ -188,12 +208,28 @@ def _check_their_processor(folder: pathlib.Path, cases: dict) -> str:
     return f"{type(theirs).__name__}, ids, pooled patches and pixels of images"
 
 
-def _compute_ours(folder: pathlib.Path, cases: dict) -> tuple[dict[str, np.ndarray], str]:
+def _compute_ours(folder: pathlib.Path, cases: dict, rule: Rule) -> tuple[dict[str, np.ndarray], str]:
     params, config, _ = checkpoint.import_checkpoint(folder)
-    logits = dict(zip(cases, our_logits(params, config, [one for one, _ in cases.values()])))
+    logits = dict(zip(cases, our_logits(params, rule(config), [one for one, _ in cases.values()])))
     if not all(np.isfinite(x).all() for x in logits.values()):
         raise ValueError("logits must be finite")
-    return logits, f"{sum(len(x) for x in logits.values())} positions"
+    words = f"{sum(len(x) for x in logits.values())} positions"
+    if rule is as_vllm:
+        size = float(np.abs(params["new_embedding"][molmo2.PATCH_ROW]).max())
+        words += (", causal, features in place of the embedding of <im_patch>, whose largest value is "
+                  f"{size:.2g}" + (": adding them is the same" if size == 0 else ""))
+    return logits, words
+
+
+def _write_logits(path: pathlib.Path, cases: dict, ours: dict[str, np.ndarray]) -> str:
+    arrays = {}
+    for kind, (one, stills) in cases.items():
+        arrays |= {f"{kind}/tokens": one.tokens, f"{kind}/logits": ours[kind]}
+        arrays |= {f"{kind}/still {number}": still for number, still in enumerate(stills)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    return f"{path}, {path.stat().st_size / 1e6:,.1f} MB"
 
 
 def _load_theirs(folder: pathlib.Path):
@@ -201,9 +237,9 @@ def _load_theirs(folder: pathlib.Path):
     return peer.load(folder), "none missing, left over or of another shape"
 
 
-def _compare_logits(kind: str, model, opened: checkpoint.Opened, cases: dict, ours: dict) -> str:
+def _compare_logits(kind: str, model, opened: checkpoint.Opened, cases: dict, ours: dict, rule: Rule) -> str:
     from molmo2_jax.hf import peer
-    theirs = peer.logits(model, [cases[kind][0]], opened.config)[0]
+    theirs = peer.logits(model, [cases[kind][0]], rule(opened.config))[0]
     error, size = float(np.abs(theirs - ours[kind]).max()), float(np.abs(theirs).max())
     words = f"differ by {error:.1e} at most, {error / size:.1e} of the largest"
     if not error <= LOGITS_TOLERANCE * size:

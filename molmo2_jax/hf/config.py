@@ -244,6 +244,9 @@ def check_exportable(config: config_lib.Molmo2Config) -> None:
     if config.visual_attention != "image_tokens":
         raise ValueError("visual_attention must be 'image_tokens' to be exported, transformers knows no "
                          f"other; got {config.visual_attention!r}")
+    if config.visual_merge != "add":
+        raise ValueError("visual_merge must be 'add' to be exported, transformers knows no other; "
+                         f"got {config.visual_merge!r}")
     width = config.connector.num_heads * config.connector.head_dim
     if width != config.vision.width:
         raise ValueError("num_heads x head_dim of the connector must equal the ViT's width to be exported; "

@@ -3,6 +3,7 @@
 The only module that imports torch and transformers; nothing imports it unless a comparison is asked for.
 """
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is all there is to load
@@ -79,10 +80,29 @@ def _grids(one: types.Sequence, config: config_lib.Molmo2Config, is_video: bool)
 
 
 def logits(model, sequences: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> list[np.ndarray]:
-    """Returns float32[T, V] logits of each sequence, all computed side by side."""
-    with torch.no_grad():
-        rows = model(**arguments(sequences, config)).logits.numpy()
+    """Returns float32[T, V] logits of each sequence, all computed side by side.
+
+    A config with causal visual attention, or whose visual features replace the embedding of `<im_patch>`, is
+    obeyed: without mm_token_type_ids transformers is causal, and what is added to a row of zeros replaces it.
+    """
+    given = arguments(sequences, config)
+    if config.visual_attention == "causal":
+        given["mm_token_type_ids"] = None
+    replaced = [config.special_id("<im_patch>")] if config.visual_merge == "replace" else []
+    with torch.no_grad(), _zeroed(model.get_input_embeddings().weight, replaced):
+        rows = model(**given).logits.numpy()
     return [row[len(row) - len(one.tokens):] for row, one in zip(rows, sequences)]
+
+
+@contextlib.contextmanager
+def _zeroed(table: torch.Tensor, rows: list[int]):
+    """Within it, these rows of a table are zero."""
+    kept = table[rows].clone()
+    table[rows] = 0
+    try:
+        yield
+    finally:
+        table[rows] = kept
 
 
 def answers(model, sequence: types.Sequence, config: config_lib.Molmo2Config, num_new: int) -> list[int]:

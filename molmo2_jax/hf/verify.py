@@ -59,14 +59,15 @@ class Original(NamedTuple):
     tokenizer: tokenizers.Tokenizer
 
 
-def verify(folder: str | pathlib.Path, original: Original | None = None, with_logits: bool = True
-           ) -> list[compare.Check]:
+def verify(folder: str | pathlib.Path, original: Original | None = None, with_logits: bool = True,
+           is_vllm: bool = False, logits_to: pathlib.Path | None = None) -> list[compare.Check]:
     """Returns all checks of a folder; it passes if none has the status FAIL.
 
     Args:
       original: parameters, configs and tokenizer must be these, parameters after rounding to the folder's
         dtype bit for bit.
       with_logits: compare with transformers, which takes the memory of the model in float32.
+      is_vllm, logits_to: see compare.with_transformers.
     """
     folder, report = pathlib.Path(folder), compare.Report()
     report.run("files", _check_files, folder)
@@ -83,7 +84,7 @@ def verify(folder: str | pathlib.Path, original: Original | None = None, with_lo
     elif not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         report.skip("transformers", "torch and transformers are not installed")
     else:
-        compare.with_transformers(report, folder, opened, tokenizer)
+        compare.with_transformers(report, folder, opened, tokenizer, is_vllm, logits_to)
     return report.checks
 
 

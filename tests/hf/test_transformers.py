@@ -95,6 +95,26 @@ def test_the_comparison_would_see_a_missing_visual_mask(tmp_path):
     assert np.abs(causal - peer.logits(model, [video], config)[0]).max() > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize(("attention", "merge"), [
+    ("causal", "replace"), ("causal", "add"), ("image_tokens", "replace")])
+def test_logits_by_the_rule_of_vllm_are_those_of_transformers_made_causal_and_replacing(
+        attention, merge, tmp_path):
+    """Each of both differences from the reference by itself, and the two together."""
+    config = packs.random_config("qwen3", 0)
+    params = packs.random_params(config)
+    model = peer.load(export(params, config, tmp_path / "m"))
+    other = dataclasses.replace(config, visual_attention=attention, visual_merge=merge)
+    assert (other == compare.as_vllm(config)) == ((attention, merge) == ("causal", "replace"))
+    cases = examples(config)
+    rows, usual = (our_logits(one, params, list(cases.values())) for one in (other, config))
+    table = model.get_input_embeddings().weight.detach().clone()
+    for (name, one), ours, before in zip(cases.items(), rows, usual):
+        np.testing.assert_allclose(ours, peer.logits(model, [one], other)[0], atol=TOLERANCE, rtol=0,
+                                   err_msg=name)
+        assert (np.abs(ours - before).max() > 100 * TOLERANCE) == (name != "text"), name
+    assert torch.equal(table, model.get_input_embeddings().weight)
+
+
 @pytest.mark.parametrize("save_original_format", [True, False])
 def test_a_folder_saved_by_transformers_comes_back_unchanged(save_original_format, tmp_path):
     config = packs.random_config("olmo", 0)

@@ -66,6 +66,26 @@ def test_our_folder_passes_every_check_and_equals_what_it_was_made_from(made):
     assert verify.table(checks).splitlines()[-1].startswith(f"{len(checks) - 1} ok, 0 FAIL")
 
 
+def test_the_rule_of_vllm_passes_too_and_its_logits_are_written(made, tmp_path):
+    pytest.importorskip("transformers")
+    original, folder = made
+    checks = verify.verify(folder, is_vllm=True, logits_to=tmp_path / "deep" / "logits.npz")
+    assert not [check for check in checks if check.status == "FAIL"], verify.table(checks)
+    [ours] = [check for check in checks if check.name == "logits: ours"]
+    assert "in place of the embedding of <im_patch>, whose largest value is 1." in ours.detail
+    tokenizer, config = original.tokenizer, original.config
+    cases = compare.examples(config, INPUTS, tokenizer)
+    written = np.load(tmp_path / "deep" / "logits.npz")
+    kept, _, _ = checkpoint.import_checkpoint(folder)
+    wanted = compare.our_logits(kept, compare.as_vllm(config), [one for one, _ in cases.values()])
+    usual = compare.our_logits(kept, config, [one for one, _ in cases.values()])
+    for (kind, (one, stills)), logits, other in zip(cases.items(), wanted, usual):
+        np.testing.assert_array_equal(written[f"{kind}/tokens"], one.tokens)
+        np.testing.assert_array_equal(written[f"{kind}/logits"], logits)
+        assert (np.abs(logits - other).max() > 1e-3) == (kind != "text")
+        assert sum(name.startswith(f"{kind}/still") for name in written) == len(stills)
+
+
 def edit(folder, file, change):
     values = json.loads((folder / file).read_text())
     change(values)
