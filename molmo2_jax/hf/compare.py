@@ -7,6 +7,7 @@ must be ours.
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -118,7 +119,8 @@ def with_transformers(report: Report, folder: pathlib.Path, opened: checkpoint.O
 
     Args:
       is_vllm: both sides compute logits as `as_vllm` says.
-      logits_to: an .npz file to write with "KIND/tokens", "KIND/logits" and "KIND/still N" of each question.
+      logits_to: an .npz file to write with "KIND/tokens", "KIND/logits" and "KIND/still N" or
+        "KIND/frames" of each question.
     """
     report.run("transformers: config", _check_their_config, folder, opened)
     cases = None
@@ -221,11 +223,20 @@ def _compute_ours(folder: pathlib.Path, cases: dict, rule: Rule) -> tuple[dict[s
     return logits, words
 
 
+def _pixels(patches: np.ndarray) -> np.ndarray:
+    """Returns uint8[M, S, S, 3]; the inverse of inputs.image.patchify."""
+    side, patch = math.isqrt(patches.shape[1]), math.isqrt(patches.shape[2] // 3)
+    pixels = patches.reshape(-1, side, side, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    return pixels.reshape(-1, side * patch, side * patch, 3)
+
+
 def _write_logits(path: pathlib.Path, cases: dict, ours: dict[str, np.ndarray]) -> str:
     arrays = {}
     for kind, (one, stills) in cases.items():
         arrays |= {f"{kind}/tokens": one.tokens, f"{kind}/logits": ours[kind]}
         arrays |= {f"{kind}/still {number}": still for number, still in enumerate(stills)}
+        if len(one.patches) and not stills:
+            arrays[f"{kind}/frames"] = _pixels(one.patches)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         np.savez_compressed(file, **arrays)

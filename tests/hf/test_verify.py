@@ -14,6 +14,7 @@ from molmo2_jax.hf import checkpoint
 from molmo2_jax.hf import compare
 from molmo2_jax.hf import shards
 from molmo2_jax.hf import verify
+from molmo2_jax.inputs import image
 from molmo2_jax.inputs import tokenizer as tokenizers
 from tests import packs
 
@@ -84,6 +85,8 @@ def test_the_rule_of_vllm_passes_too_and_its_logits_are_written(made, tmp_path):
         np.testing.assert_array_equal(written[f"{kind}/logits"], logits)
         assert (np.abs(logits - other).max() > 1e-3) == (kind != "text")
         assert sum(name.startswith(f"{kind}/still") for name in written) == len(stills)
+    frames = image.patchify(written["video/frames"], config.vision.patch_size)
+    np.testing.assert_array_equal(frames, cases["video"][0].patches)
 
 
 def edit(folder, file, change):
