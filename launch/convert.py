@@ -5,6 +5,7 @@
   python -m launch.convert assemble --gin_file=gin_configs/models/molmo2_4b.gin \\
       --text=hf/Qwen3-4B-Instruct-2507 --vision=hf/siglip2-so400m-patch14-384 --output=runs/start
   python -m launch.convert verify --hf=hf/mine --against=runs/mine
+  python -m launch.convert verify --hf=hf/mine --as=vllm --logits_to=logits.npz
 
 export writes config.json, safetensors, tokenizer and processor files that transformers loads; import
 writes a work directory that launch.generate and launch.evaluate take, and training starts from. assemble
@@ -38,6 +39,12 @@ _AGAINST = flags.DEFINE_string(
     "against", None, "verify: work directory or Hugging Face folder that --hf must hold bit for bit.")
 _LOGITS = flags.DEFINE_bool(
     "logits", True, "verify: compare with transformers, where it is installed; holds one model in float32.")
+_AS = flags.DEFINE_enum(
+    "as", "reference", ["reference", "vllm"], "verify: whose rule logits follow. vllm: no visual token sees "
+    "a later one, and visual features replace the embedding of <im_patch> instead of being added to it.")
+_LOGITS_TO = flags.DEFINE_string(
+    "logits_to", None, "verify: file (.npz) to write with the token ids, pictures and float32 logits of the "
+    "questions, to compare with those of another program.")
 _TEXT = flags.DEFINE_string("text", None, "assemble: folder of a Qwen3 or OLMo 3 checkpoint, with tokenizer.")
 _VISION = flags.DEFINE_string("vision", None, "assemble: folder of a SigLIP2 checkpoint.")
 for _name in ("model", "output", "dtype", "gin_file", "gin", "seed", "traceback"):
@@ -86,7 +93,8 @@ def verify() -> None:
     if _AGAINST.value:
         source = trained.load(_AGAINST.value)
         original = hf_verify.Original(source.params, source.model, source.inputs, source.tokenizer)
-    checks = hf_verify.verify(folder, original, _LOGITS.value)
+    logits_to = _LOGITS_TO.value and pathlib.Path(_LOGITS_TO.value)
+    checks = hf_verify.verify(folder, original, _LOGITS.value, _AS.value == "vllm", logits_to)
     print(hf_verify.table(checks))
     if any(check.status == "FAIL" for check in checks):
         sys.exit(1)

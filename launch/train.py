@@ -122,6 +122,10 @@ def first_params(config: run.RunConfig, start: str | None, workdir: pathlib.Path
     wanted, got = (_sizes(dataclasses.asdict(model)) for model in (config.model, source.model))
     if wanted != got:
         raise ValueError(f"--init_from must hold a model of the sizes of this run, {wanted}; got {got}")
+    markers = source.inputs.use_frame_special_tokens
+    if markers != config.inputs.use_frame_special_tokens:
+        raise ValueError("a run must mark frames as the model of --init_from does: bind "
+                         f"config.InputConfig.use_frame_special_tokens = {markers}; got {not markers}")
     remote_code.write(remote_code.read(source.code), workdir / remote_code.NAME)
     return source.params
 
@@ -129,7 +133,7 @@ def first_params(config: run.RunConfig, start: str | None, workdir: pathlib.Path
 def _sizes(values: dict) -> dict:
     """Returns a model's values without those that no parameter depends on."""
     free = ("init_std", "embedding_init_std", "position_init_std", "max_positions", "visual_attention",
-            "image_window", "video_window")
+            "visual_merge", "freeze_patch_row", "image_window", "video_window")
     return {name: _sizes(value) if isinstance(value, dict) else value
             for name, value in values.items() if name not in free}
 

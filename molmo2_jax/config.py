@@ -18,6 +18,7 @@ SPECIAL_TOKENS = (
 )
 
 VisualAttention = Literal["image_tokens", "within_image", "causal"]
+VisualMerge = Literal["add", "replace"]
 
 
 def require(ok: bool, rule: str, value) -> None:
@@ -128,11 +129,20 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Molmo2Config:
-    """The whole model. `visual_attention` says which visual tokens see each other in both directions."""
+    """The whole model.
+
+    visual_attention: which visual tokens see each other in both directions.
+    visual_merge: "add" adds visual features to the embedding of `<im_patch>`, as the reference and
+      transformers do; "replace" puts them in its place, as vLLM does. For comparisons: do not train with it.
+    freeze_patch_row: the embedding of `<im_patch>` is initialised with zeros and gets no gradient. While it
+      is zero, adding and replacing are the same. For models that are trained from nothing.
+    """
     vision: VisionConfig
     connector: ConnectorConfig
     text: TextConfig
     visual_attention: VisualAttention = "image_tokens"
+    visual_merge: VisualMerge = "add"
+    freeze_patch_row: bool = False
 
     def __post_init__(self):
         require(max(self.connector.taps) < self.vision.num_layers,
@@ -140,6 +150,8 @@ class Molmo2Config:
         require(self.visual_attention in ("image_tokens", "within_image", "causal"),
                 "visual_attention must be 'image_tokens', 'within_image' or 'causal'",
                 self.visual_attention)
+        require(self.visual_merge in ("add", "replace"), "visual_merge must be 'add' or 'replace'",
+                self.visual_merge)
 
     def special_id(self, token: str) -> int:
         """Vocabulary id of one of SPECIAL_TOKENS."""
@@ -157,7 +169,8 @@ class InputConfig:
     max_fps: float = 2.0
     max_tracking_fps: int = 10             # of examples with tracking_fps; the paper says 2, its code has 10
     frame_time_text: bool = True              # the seconds before each frame, as text
-    per_frame_special_tokens: bool = True     # one <frame_start>/<frame_end> pair per frame, not per video
+    per_frame_special_tokens: bool = True     # one pair of markers per frame, not per video
+    use_frame_special_tokens: bool = True     # <frame_start>, <frame_end>; or <im_start>, <im_end>
     max_read_seconds: float = 600.0           # longest that reading the media of an example may take
 
     def __post_init__(self):
@@ -195,6 +208,7 @@ def molmo2_o_7b() -> Molmo2Config:
 def nano() -> Molmo2Config:
     """The same architecture at laptop size, for the quickstart, tests and demos."""
     return Molmo2Config(
+        freeze_patch_row=True,
         vision=VisionConfig(image_size=72, patch_size=8, width=64, num_layers=3, num_heads=4, head_dim=16,
                             mlp_width=256, position_init_std=0.5),
         connector=ConnectorConfig(taps=(2, 0), num_heads=4, head_dim=16, mlp_width=256, init_std=None),

@@ -1,5 +1,6 @@
 """A work directory may lie in a bucket: here one in memory stands in for it."""
 
+import dataclasses
 import errno
 import json
 import logging
@@ -9,9 +10,12 @@ import av
 import fsspec
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from fsspec.implementations import memory
 from orbax.checkpoint._src.path import gcs_utils
 
+from launch import convert
 from launch import record
 from launch import run
 from launch import trained
@@ -21,7 +25,10 @@ from molmo2_jax import goodput
 from molmo2_jax import guard
 from molmo2_jax import last_words
 from molmo2_jax import metrics
+from molmo2_jax.hf import checkpoint as hf_checkpoint
+from molmo2_jax.hf import remote_code
 from molmo2_jax.inputs import tokenizer as tokenizers
+from tests import packs
 from tests import tiny
 
 
@@ -153,6 +160,32 @@ def test_a_run_may_start_from_a_run_in_a_bucket(bucket, tmp_path, monkeypatch):
     assert (found.code / "config.json").read_text() == "{}"
     with pytest.raises(ValueError, match="got gs://bucket/nothing, which does not exist"):
         trained.load("gs://bucket/nothing")
+
+
+def test_remote_code_goes_through_a_run_in_a_bucket_and_out_by_export(bucket, tmp_path, monkeypatch):
+    given, kept = tmp_path / "given", files.path(bucket) / remote_code.NAME
+    given.mkdir()
+    (given / "modeling.py").write_text("# theirs\n")
+    auto_map = {"AutoConfig": "modeling.Config"}
+    (given / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    remote_code.write(remote_code.read(given), kept)
+    assert (kept / "modeling.py").read_text() == "# theirs\n"
+    assert remote_code.read(kept).auto_maps == {"config.json": auto_map}
+
+    saved = run.resolve(["gin_configs/models/nano.gin"])
+    record.save(bucket, record.gin_text(saved))
+    tokenizers.Tokenizer.from_file(run.ROOT / "assets/nano").save(tmp_path / "tokenizer")
+    files.copy(files.path(tmp_path / "tokenizer"), files.path(bucket))
+    params = packs.random_params(saved.model)
+    monkeypatch.setattr(checkpoint, "load_params", lambda path, model, mesh: params)
+    flags.FLAGS.mark_as_parsed()
+    with flagsaver.flagsaver(model=bucket, output=str(tmp_path / "hf"), dtype="float32"):
+        convert.export_model()
+    assert (tmp_path / "hf" / "modeling.py").read_text() == "# theirs\n"
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["auto_map"] == auto_map
+    again, model, _ = hf_checkpoint.import_checkpoint(tmp_path / "hf")
+    np.testing.assert_array_equal(again["head"], params["head"])
+    assert model.vision == dataclasses.replace(saved.model.vision, position_init_std=None)
 
 
 def test_the_complete_steps_of_a_bucket_are_found_and_others_named(bucket, caplog):

@@ -206,6 +206,29 @@ def test_training_moves_the_added_rows_and_no_bit_of_a_base_table_that_is_the_he
 
 
 @pytest.mark.parametrize("muon", [None, optim.Muon()], ids=["adamw", "muon"])
+def test_training_leaves_a_frozen_row_of_patches_at_zero(muon):
+    model = dataclasses.replace(tiny.MODEL, freeze_patch_row=True)
+    module = molmo2.Molmo2(model, attention="dense", remat="none")
+    tx = optim.make(config(muon=muon, weight_decay=0.5), TOTAL)
+    start = packs.random_params(model)
+    start["new_embedding"][molmo2.PATCH_ROW] = 0
+
+    @jax.jit
+    def step(params, state, batch):
+        grads = jax.grad(lambda p: jnp.square(module.apply({"params": p}, batch)).mean())(params)
+        change, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, change), state
+
+    trained, state = start, tx.init(start)
+    for number in range(3):
+        trained, state = step(trained, state, tiny.batch(number % 2))
+    table = np.asarray(trained["new_embedding"])
+    assert not table[molmo2.PATCH_ROW].any()
+    visual = model.special_id("<frame_start>") - model.text.vocab_size
+    assert (table[visual] != start["new_embedding"][visual]).any()
+
+
+@pytest.mark.parametrize("muon", [None, optim.Muon()], ids=["adamw", "muon"])
 def test_rows_of_the_added_table_without_gradient_stay_as_they_are(muon):
     grads = [random_grads(seed) for seed in range(2)]
     for one in grads:

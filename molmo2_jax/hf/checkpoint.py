@@ -189,7 +189,7 @@ def export_checkpoint(params: Mapping[str, Any], model_config: config_lib.Molmo2
                          f"{model_config.text.vocab_size}; got {tokenizer.vocab_size}")
     kind = source_lib.dtype_of(dtype)
     tensors = _pending(params, model_config)
-    values = hf_config.write(model_config, dtype)
+    values = hf_config.write(model_config, dtype, inputs_config.use_frame_special_tokens)
     files = processor.write(model_config, inputs_config)
     code = remote_code.read(code_from)
     out.parent.mkdir(parents=True, exist_ok=True)

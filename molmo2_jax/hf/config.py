@@ -4,6 +4,12 @@ We write the released ("legacy") form, which the remote code, transformers' nati
 read. We read that form and the one native transformers writes; every field must be known, and must not
 contradict what our model does or what another field says. All complaints come in one error.
 
+What we write for the 4B equals the released config.json field by field, with three exceptions:
+`transformers_version` is left out, `auto_map` comes with the files it names (hf/remote_code.py), and
+`use_frame_special_tokens` says what the processor file says. The reference's converter looks that field up on
+the wrong object and writes false. The remote code counts videos by the end token that it selects, so it must
+be the one the processor writes.
+
 Source: reference: olmo/hf_model/configuration_molmo2.py; transformers: models/molmo2/configuration_molmo2.py.
 """
 
@@ -31,7 +37,7 @@ _NO_EFFECT = frozenset("""
     _attn_implementation _attn_implementation_autoset _commit_hash _from_model_config _name_or_path
     architectures attention_dropout attn_implementation auto_map bos_token_id chunk_size_feed_forward dtype
     embedding_dropout eos_token_id experts_implementation float32_attention id2label image_feature_dropout
-    initializer_range label2id model_type name_or_path num_labels output_attentions output_hidden_states
+    initializer_range label2id name_or_path num_labels output_attentions output_hidden_states
     pad_token_id problem_type residual_dropout return_dict torch_dtype transformers_version use_cache
     """.split())
 
@@ -74,10 +80,21 @@ class Section:
             if value is not None and value != wanted:
                 self.complain(field, f"must be {wanted!r}", value)
 
+    def expect_one_of(self, wanted: tuple[Any, ...], field: str) -> None:
+        """Notes a problem if the field is there and holds none of the wanted values."""
+        self.seen.add(field)
+        value = self.values.get(field)
+        if value is not None and value not in wanted:
+            self.complain(field, f"must be one of {wanted}", value)
+
     def finish(self) -> None:
         unknown = sorted(set(self.values) - self.seen)
         if unknown:
             self.problems.append(f"unknown in {self.name or 'the top level'}: {', '.join(unknown)}")
+
+
+_MODEL_TYPES = {"vit_config": ("molmo2", "molmo2_vision"), "vision_config": ("molmo2_vision",),
+                "adapter_config": ("molmo2", "molmo2_adapter"), "text_config": ("molmo2_text",)}
 
 
 def _read_vision(section: Section, adapter: Section, is_legacy: bool) -> tuple[dict, tuple[int, ...]]:
@@ -133,26 +150,31 @@ def _read_rope(section: Section, depth: int) -> dict:
                                  rope.read("rope_theta", kind=float, default=None)) if x is not None}
     if len(thetas) != 1:
         section.complain("rope_theta", "must be given once", sorted(thetas))
-    kind = rope.read("rope_type", "type", kind=str, default="default")
     section.expect(1.0, "partial_rotary_factor")
-    rope.expect(1.0, "partial_rotary_factor")
-    yarn = None
-    if kind == "yarn":
-        factor = rope.read("factor", kind=float)
-        rope.expect(True, "truncate")
-        if not all(isinstance(layer, int) and 0 <= layer < depth for layer in layers):
-            section.complain("rope_scaling_layers", f"must be in 0..{depth - 1}", list(layers))
-        yarn = config_lib.YarnConfig(
-            factor=factor, original_length=rope.read("original_max_position_embeddings", kind=int),
-            beta_fast=rope.read("beta_fast", kind=float, default=32.0),
-            beta_slow=rope.read("beta_slow", kind=float, default=1.0),
-            attention_factor=rope.read("attention_factor", kind=float,
-                                       default=0.1 * math.log(max(factor, 1)) + 1),
-            layers=layers)
-    elif kind != "default":
-        rope.complain("rope_type", "must be 'default' or 'yarn'", kind)
+    if not all(isinstance(layer, int) and 0 <= layer < depth for layer in layers):
+        section.complain("rope_scaling_layers", f"must be in 0..{depth - 1}", list(layers))
+    yarn = read_yarn(rope, layers)
     rope.finish()
     return dict(rope_theta=max(thetas, default=1.0), yarn=yarn)
+
+
+def read_yarn(rope: Section, layers: tuple[int, ...]) -> config_lib.YarnConfig | None:
+    """Returns the scaling that a rope_scaling or rope_parameters asks for in `layers`, None for none."""
+    kind = rope.read("rope_type", "type", kind=str, default="default")
+    rope.expect(1.0, "partial_rotary_factor")
+    if kind != "yarn":
+        if kind != "default":
+            rope.complain("rope_type", "must be 'default' or 'yarn'", kind)
+        return None
+    factor = rope.read("factor", kind=float)
+    rope.expect(True, "truncate")
+    return config_lib.YarnConfig(
+        factor=factor, original_length=rope.read("original_max_position_embeddings", kind=int),
+        beta_fast=rope.read("beta_fast", kind=float, default=32.0),
+        beta_slow=rope.read("beta_slow", kind=float, default=1.0),
+        attention_factor=rope.read("attention_factor", kind=float,
+                                   default=0.1 * math.log(max(factor, 1)) + 1),
+        layers=layers)
 
 
 def _read_text(section: Section) -> dict:
@@ -192,10 +214,11 @@ def read(values: Mapping[str, Any], where: str = "config.json") -> config_lib.Mo
     text = _read_text(sections["text_config"])
     vision, taps = _read_vision(sections[name], sections["adapter_config"], is_legacy)
     connector = _read_connector(sections["adapter_config"], vision, text["width"])
+    for key, section in sections.items():
+        section.expect_one_of(_MODEL_TYPES[key], "model_type")
     if values.get("model_type") != "molmo2":
         top.complain("model_type", "must be 'molmo2'", values.get("model_type"))
-    # The released converter writes use_frame_special_tokens wrongly here; the processor's value counts.
-    top.seen.add("use_frame_special_tokens")
+    top.seen |= {"model_type", "use_frame_special_tokens"}  # the processor's value of the latter counts
     top.expect(False, "is_encoder_decoder")
     text["tied_head"] |= top.read("tie_word_embeddings", kind=bool, default=False)
     for field, token in {**TOKEN_FIELDS, **_OTHER_TOKEN_FIELDS}.items():
@@ -221,28 +244,31 @@ def check_exportable(config: config_lib.Molmo2Config) -> None:
     if config.visual_attention != "image_tokens":
         raise ValueError("visual_attention must be 'image_tokens' to be exported, transformers knows no "
                          f"other; got {config.visual_attention!r}")
+    if config.visual_merge != "add":
+        raise ValueError("visual_merge must be 'add' to be exported, transformers knows no other; "
+                         f"got {config.visual_merge!r}")
     width = config.connector.num_heads * config.connector.head_dim
     if width != config.vision.width:
         raise ValueError("num_heads x head_dim of the connector must equal the ViT's width to be exported; "
                          f"got {width} and {config.vision.width}")
 
 
-def _write_vision(config: config_lib.Molmo2Config, dtype: str) -> tuple[dict, list[int]]:
+def _write_vision(config: config_lib.Molmo2Config) -> tuple[dict, list[int]]:
     """Returns (vit_config, vit_layers), the layers counted from the end as in the released files."""
     v = config.vision
     depth = _SIGLIP2_LAYERS if (v.width, v.num_layers) == (1152, 25) else v.num_layers
     section = {
-        "hidden_size": v.width, "intermediate_size": v.mlp_width,
+        "model_type": "molmo2", "hidden_size": v.width, "intermediate_size": v.mlp_width,
         "num_hidden_layers": depth, "num_attention_heads": v.num_heads,
         "num_key_value_heads": v.num_heads, "head_dim": v.head_dim, "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": v.norm_eps, "image_default_input_size": [v.image_size, v.image_size],
         "image_patch_size": v.patch_size, "image_num_pos": v.num_patches, "attention_dropout": 0.0,
         "residual_dropout": 0.0, "initializer_range": 0.02, "float32_attention": True,
-        "attn_implementation": "sdpa", "dtype": dtype}
+        "attn_implementation": "sdpa"}
     return section, [tap - depth for tap in config.connector.taps]
 
 
-def _write_text(config: config_lib.TextConfig, dtype: str) -> dict:
+def _write_text(config: config_lib.TextConfig) -> dict:
     yarn = config.yarn
     scaling = None if yarn is None else {
         "rope_type": "yarn", "factor": yarn.factor, "attention_factor": yarn.attention_factor,
@@ -259,30 +285,35 @@ def _write_text(config: config_lib.TextConfig, dtype: str) -> dict:
         "rope_scaling": scaling, "rope_scaling_layers": None if yarn is None else list(yarn.layers),
         "use_qk_norm": True, "qk_norm_type": config.qk_norm, "layer_norm_eps": config.norm_eps,
         "norm_after": config.norm_after, "initializer_range": config.init_std or 0.02, "use_cache": True,
-        "tie_word_embeddings": False, "attn_implementation": "sdpa", "dtype": dtype}
+        "attn_implementation": "sdpa"}
 
 
-def write(config: config_lib.Molmo2Config, dtype: str = "float32") -> dict[str, Any]:
+def write(config: config_lib.Molmo2Config, dtype: str = "float32", use_frame_special_tokens: bool = True
+          ) -> dict[str, Any]:
     """Returns the config.json of a model in the released form, without `auto_map`.
 
     A tied head is written as untied, as in the released 4B: its copy of the embedding is stored.
+
+    Args:
+      use_frame_special_tokens: what the processor file says (InputConfig).
 
     Raises:
       ValueError: see check_exportable.
     """
     check_exportable(config)
-    vision, taps = _write_vision(config, dtype)
+    vision, taps = _write_vision(config)
     c, t = config.connector, config.text
     adapter = {
-        "vit_layers": taps, "pooling_attention_mask": True,
+        "model_type": "molmo2", "vit_layers": taps, "pooling_attention_mask": True,
         "hidden_size": config.vision.width, "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_heads, "head_dim": c.head_dim, "float32_attention": True,
         "attention_dropout": 0.0, "residual_dropout": 0.0, "hidden_act": "silu",
         "intermediate_size": c.mlp_width, "text_hidden_size": t.width, "image_feature_dropout": 0.0,
-        "initializer_range": c.init_std or 0.02, "attn_implementation": "sdpa", "dtype": dtype}
+        "initializer_range": c.init_std or 0.02, "attn_implementation": "sdpa"}
     return {
         "model_type": "molmo2", "architectures": ["Molmo2ForConditionalGeneration"],
         **{field: config.special_id(token) for field, token in TOKEN_FIELDS.items()},
-        "use_frame_special_tokens": True, "initializer_range": t.init_std or 0.02, "use_cache": True,
-        "tie_word_embeddings": False, "dtype": dtype, "torch_dtype": dtype,
-        "vit_config": vision, "adapter_config": adapter, "text_config": _write_text(t, dtype)}
+        "image_high_res_id": config.special_id("<im_patch>"),
+        "use_frame_special_tokens": use_frame_special_tokens, "initializer_range": t.init_std or 0.02,
+        "use_cache": True, "tie_word_embeddings": False, "dtype": dtype,
+        "vit_config": vision, "adapter_config": adapter, "text_config": _write_text(t)}

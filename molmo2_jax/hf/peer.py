@@ -3,6 +3,7 @@
 The only module that imports torch and transformers; nothing imports it unless a comparison is asked for.
 """
 
+import contextlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is all there is to load
@@ -51,7 +52,7 @@ def arguments(sequences: Sequence[types.Sequence], config: config_lib.Molmo2Conf
               "position_ids": np.maximum(np.cumsum(mask, 1) - 1, 0)}
     seen = [one for one in sequences if len(one.pooled)]
     if seen:
-        is_video = config.special_id("<frame_start>") in seen[0].tokens
+        is_video = config.special_id("<low_res_im_start>") not in seen[0].tokens
         pixels, pooling, grids = (
             ("pixel_values_videos", "video_token_pooling", "video_grids") if is_video else
             ("pixel_values", "image_token_pooling", "image_grids"))
@@ -68,7 +69,7 @@ def _grids(one: types.Sequence, config: config_lib.Molmo2Config, is_video: bool)
     """Returns int[images, 4] (overview, tiles) or int[1, 3] (frames); only products are read."""
     patch, end = config.special_id("<im_patch>"), config.special_id("<im_end>")
     if is_video:
-        frames = int((one.tokens == config.special_id("<frame_start>")).sum())
+        frames = int(one.image.max()) + 1
         return np.array([[frames, 1, int((one.tokens == patch).sum()) // frames]])
     rows = []
     for number in range(one.image.max() + 1):
@@ -79,10 +80,29 @@ def _grids(one: types.Sequence, config: config_lib.Molmo2Config, is_video: bool)
 
 
 def logits(model, sequences: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> list[np.ndarray]:
-    """Returns float32[T, V] logits of each sequence, all computed side by side."""
-    with torch.no_grad():
-        rows = model(**arguments(sequences, config)).logits.numpy()
+    """Returns float32[T, V] logits of each sequence, all computed side by side.
+
+    A config with causal visual attention, or whose visual features replace the embedding of `<im_patch>`, is
+    obeyed: without mm_token_type_ids transformers is causal, and what is added to a row of zeros replaces it.
+    """
+    given = arguments(sequences, config)
+    if config.visual_attention == "causal":
+        given["mm_token_type_ids"] = None
+    replaced = [config.special_id("<im_patch>")] if config.visual_merge == "replace" else []
+    with torch.no_grad(), _zeroed(model.get_input_embeddings().weight, replaced):
+        rows = model(**given).logits.numpy()
     return [row[len(row) - len(one.tokens):] for row, one in zip(rows, sequences)]
+
+
+@contextlib.contextmanager
+def _zeroed(table: torch.Tensor, rows: list[int]):
+    """Within it, these rows of a table are zero."""
+    kept = table[rows].clone()
+    table[rows] = 0
+    try:
+        yield
+    finally:
+        table[rows] = kept
 
 
 def answers(model, sequence: types.Sequence, config: config_lib.Molmo2Config, num_new: int) -> list[int]:

@@ -24,8 +24,8 @@ IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
 
 # Without the token switches the overview of an image would get column tokens it was not trained with.
 _SWITCHES = {"image_use_col_tokens": True, "use_single_crop_col_tokens": False,
-             "use_single_crop_start_token": True, "video_use_col_tokens": False,
-             "use_frame_special_tokens": True}
+             "use_single_crop_start_token": True, "video_use_col_tokens": False}
+_FRAME_TOKENS = "use_frame_special_tokens"  # the one switch of which both values are in use
 _PADS = ("<|pad|>", tokenizer_lib.END_OF_TEXT)  # first of these that the vocabulary has, else EOS
 
 _TEMPLATE = """\
@@ -91,7 +91,8 @@ def _check_exportable(inputs: config_lib.InputConfig) -> None:
 def write(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig) -> dict[str, dict[str, Any]]:
     """Returns {file name: JSON object} of the three processor files.
 
-    `max_images` and `high_res_crops` are our own fields; other readers skip them.
+    Fields are those of the released files. `max_images` and `high_res_crops` are our own; other readers skip
+    them.
 
     Raises:
       ValueError: other processors cannot lay the inputs out this way.
@@ -99,20 +100,21 @@ def write(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig) -> di
     _check_exportable(inputs)
     side = config.vision.image_size
     pixels = {"size": {"height": side, "width": side}, "resample": 2, "image_mean": [0.5] * 3,
-              "image_std": [0.5] * 3, "do_convert_rgb": True, "do_resize": True, "do_rescale": True,
-              "rescale_factor": 1 / 255, "do_normalize": True, "patch_size": config.vision.patch_size,
+              "image_std": [0.5] * 3, "do_convert_rgb": True, "patch_size": config.vision.patch_size,
               "processor_class": "Molmo2Processor"}
+    steps = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
     fps = int(inputs.max_fps) if inputs.max_fps == int(inputs.max_fps) else inputs.max_fps
     return {
         IMAGE_FILE: {"image_processor_type": "Molmo2ImageProcessor", **pixels,
                      "max_crops": inputs.max_crops, "overlap_margins": list(inputs.overlap_margins),
                      "pooling_size": list(config.connector.image_window),
                      "max_images": inputs.max_images, "high_res_crops": inputs.high_res_crops},
-        VIDEO_FILE: {"video_processor_type": "Molmo2VideoProcessor", **pixels,
+        VIDEO_FILE: {"video_processor_type": "Molmo2VideoProcessor", **pixels, **steps,
                      "pooling_size": list(config.connector.video_window),
                      "frame_sample_mode": "uniform_last_frame", "num_frames": inputs.max_frames,
                      "max_fps": fps, "sampling_fps": 2, "do_sample_frames": True},
-        PROCESSOR_FILE: {"processor_class": "Molmo2Processor", **_SWITCHES},
+        PROCESSOR_FILE: {"processor_class": "Molmo2Processor", **_SWITCHES,
+                         _FRAME_TOKENS: inputs.use_frame_special_tokens},
     }
 
 
@@ -131,11 +133,18 @@ def _read_optional(path: pathlib.Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+def uses_frame_tokens(folder: pathlib.Path) -> Any:
+    """Returns `use_frame_special_tokens` of the processor file, unchecked; True if nothing says so."""
+    return _read_optional(folder / PROCESSOR_FILE).get(_FRAME_TOKENS, True)
+
+
 def read(folder: pathlib.Path, config: config_lib.Molmo2Config
          ) -> tuple[config_lib.Molmo2Config, config_lib.InputConfig]:
     """Returns the config with the pooling windows of a checkpoint folder, and its InputConfig.
 
-    What a missing file would have said keeps its default; fields we do not use are skipped.
+    What a missing file would have said keeps its default; fields we do not use are skipped. The markers of
+    frames follow `use_frame_special_tokens` of the processor file, never of config.json: the reference's
+    converter writes false there whatever the model was trained with, as in the released 4B.
 
     Raises:
       ValueError: the files prepare inputs in a way the model or `inputs` does not; all such fields.
@@ -148,6 +157,9 @@ def read(folder: pathlib.Path, config: config_lib.Molmo2Config
     switches = hf_config.Section(PROCESSOR_FILE, joint, problems)
     for field, value in _SWITCHES.items():
         switches.expect(value, field)
+    frame_tokens = uses_frame_tokens(folder)
+    if not isinstance(frame_tokens, bool):  # other processors read null as false
+        switches.complain(_FRAME_TOKENS, "must be true or false", frame_tokens)
     side = config.vision.image_size
     for one in (image, video):
         one.expect(config.vision.patch_size, "patch_size")
@@ -163,7 +175,8 @@ def read(folder: pathlib.Path, config: config_lib.Molmo2Config
         overlap_margins=image.read("overlap_margins", kind=list, default=base.overlap_margins),
         max_images=image.read("max_images", kind=int, default=base.max_images),
         max_frames=video.read("num_frames", kind=int, default=base.max_frames),
-        max_fps=float(video.read("max_fps", kind=float, default=base.max_fps)))
+        max_fps=float(video.read("max_fps", kind=float, default=base.max_fps)),
+        use_frame_special_tokens=frame_tokens)
     image_window = image.read("pooling_size", kind=list, default=windows.image_window)
     video_window = video.read("pooling_size", kind=list, default=windows.video_window)
     if problems:
@@ -197,5 +210,5 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) ->
 
 
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object as this project's files are laid out."""
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Writes a JSON object laid out as in the released folders, fields in alphabetical order."""
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,14 +1,14 @@
 """Python files of a checkpoint folder that other programs run to load it: passed on, never run by us.
 
-The JSON files of such a folder say under `auto_map` which class of which file to use. In a work directory
-the same files lie in the folder NAME, so that a model that was imported, trained and exported is loaded in
-the ways it came with.
+The JSON files of such a folder say under `auto_map` which class of which file to use. In a work directory,
+which may be in a bucket, the same files are in the folder NAME, so that a model that was imported, trained
+and exported is loaded in the ways it came with.
 """
 
-import pathlib
-import shutil
+import os
 from typing import Any, NamedTuple
 
+from molmo2_jax import files as files_lib
 from molmo2_jax.hf import processor
 
 NAME = "remote_code"  # in a work directory
@@ -19,10 +19,10 @@ JSON_FILES = ("config.json", processor.IMAGE_FILE, processor.VIDEO_FILE, process
 class Code(NamedTuple):
     """`auto_maps` of JSON files by file name, and the Python files of a folder."""
     auto_maps: dict[str, Any]
-    files: tuple[pathlib.Path, ...]
+    files: tuple[os.PathLike, ...]
 
 
-def read(folder: str | pathlib.Path | None) -> Code:
+def read(folder: str | os.PathLike | None) -> Code:
     """Returns the remote code of a folder; empty if none of its JSON files refers to any.
 
     Raises:
@@ -30,7 +30,7 @@ def read(folder: str | pathlib.Path | None) -> Code:
     """
     if folder is None:
         return Code({}, ())
-    folder = pathlib.Path(folder)
+    folder = files_lib.path(folder)
     found = {name: processor.read_json(folder / name).get("auto_map")
              for name in JSON_FILES if (folder / name).is_file()}
     auto_maps = {name: value for name, value in found.items() if value}
@@ -48,14 +48,14 @@ def _files(auto_map: Any) -> list[str]:
     return [f"{name.rpartition('.')[0]}.py" for name in names if name and "--" not in name]
 
 
-def write(code: Code, folder: str | pathlib.Path) -> None:
+def write(code: Code, folder: str | os.PathLike) -> None:
     """Copies the files into a folder and adds the auto_maps to its JSON files, or to new ones."""
-    folder = pathlib.Path(folder)
+    folder = files_lib.path(folder)
     if not code.auto_maps:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for file in code.files:
-        shutil.copyfile(file, folder / file.name)
+        file.copy(folder / file.name, overwrite=True)
     for name, auto_map in code.auto_maps.items():
         values = processor.read_json(folder / name) if (folder / name).is_file() else {}
         processor.write_json(folder / name, values | {"auto_map": auto_map})

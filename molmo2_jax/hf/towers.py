@@ -3,6 +3,7 @@
 Source: reference: scripts/prepare_pretrained_model.py.
 """
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
@@ -24,6 +25,19 @@ _TOWERS: dict[str, Tower] = {"qwen3": "qwen3", "olmo3": "olmo3", "siglip": "sigl
                              "siglip_vision_model": "siglip2"}  # by model_type
 # Parts of a SigLIP2 checkpoint that no Molmo2 model reads.
 _SIGLIP2_UNUSED = re.compile(r"text_model\.|vision_model\.(head|post_layernorm)\.|logit_(scale|bias)$")
+# Fields that follow from the shapes of tensors, which are compared.
+_SIZES = frozenset("""
+    hidden_size image_size intermediate_size num_hidden_layers vocab_size
+    """.split())
+# Fields that cannot change a tower's activations, beside those of hf/config.py: what a text tower, a pooling
+# head or generation would read, and the longest sequence, which scales nothing by itself.
+_NO_EFFECT = frozenset("""
+    decoder_start_token_id diversity_penalty do_sample early_stopping finetuning_task forced_bos_token_id
+    forced_eos_token_id initializer_factor length_penalty max_length max_position_embeddings min_length
+    model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences pretraining_tp prefix
+    projection_dim projection_size repetition_penalty sep_token_id suppress_tokens task_specific_params
+    temperature tokenizer_class top_k top_p typical_p use_return_dict vision_use_head
+    """.split())
 _SIGLIP2_LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
 
 
@@ -72,36 +86,78 @@ def import_tower(folder: str | pathlib.Path, tower: Tower, config: config_lib.Mo
 
 
 def differences(values: Mapping[str, Any], tower: Tower, config: config_lib.Molmo2Config) -> list[str]:
-    """Returns what a tower's config.json says that tensors cannot and our model does otherwise, in words.
+    """Returns what a tower's config.json says that our model does otherwise, in words.
 
-    Sizes follow from the tensors. OLMo 3's sliding window is dropped on purpose, as in the reference, and so
-    are its rope scalings: which layers take one is the model's own choice.
+    Every field must be known: compared with the model, checked by the shapes of the tensors, or without
+    effect on activations. Left out on purpose, as in the reference: OLMo 3's sliding window, and which of its
+    layers take the rope scaling, which is the model's own choice.
     """
     problems: list[str] = []
+    top = hf_config.Section("", values, problems)
+    top.seen |= _NO_EFFECT
     if tower == "siglip2":
-        section = hf_config.Section("vision_config", values.get("vision_config", values), problems)
-        section.expect(config.vision.num_heads, "num_attention_heads")
-        section.expect(config.vision.norm_eps, "layer_norm_eps")
-        section.expect("gelu_pytorch_tanh", "hidden_act")
-        section.expect(config.vision.patch_size, "patch_size")
-        return problems
-    section, t = hf_config.Section("", values, problems), config.text
-    section.expect(t.num_heads, "num_attention_heads")
-    section.expect(t.num_kv_heads, "num_key_value_heads")
-    section.expect(t.norm_eps, "rms_norm_eps")
-    section.expect("silu", "hidden_act")
-    section.expect(False, "attention_bias", "use_sliding_window")
-    section.expect(t.tied_head, "tie_word_embeddings")
-    for where, given in (("", values), *(("rope_parameters.", rope) for rope in _ropes(values))):
-        hf_config.Section(where.rstrip("."), given, problems).expect(t.rope_theta, "rope_theta")
+        _compare_vision(top, config.vision)
+    else:
+        _compare_text(top, tower, config.text)
+    top.finish()
     return problems
 
 
-def _ropes(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Returns the rope_parameters, one for all layers or one per kind of layer."""
-    given = values.get("rope_parameters") or {}
-    nested = [one for one in given.values() if isinstance(one, Mapping)]
-    return nested or [given]
+def _compare_vision(top: hf_config.Section, config: config_lib.VisionConfig) -> None:
+    section = top
+    if "vision_config" in top.values:
+        section = hf_config.Section("vision_config", top.values["vision_config"], top.problems)
+        top.seen |= {"vision_config", "text_config"}
+    section.seen |= _NO_EFFECT | _SIZES
+    section.expect(config.num_heads, "num_attention_heads")
+    section.expect(config.norm_eps, "layer_norm_eps")
+    section.expect("gelu_pytorch_tanh", "hidden_act")
+    section.expect(config.patch_size, "patch_size")
+    section.expect(3, "num_channels")
+    if section is not top:
+        section.finish()
+
+
+def _compare_text(top: hf_config.Section, tower: Tower, config: config_lib.TextConfig) -> None:
+    top.seen |= _SIZES
+    top.expect(config.num_heads, "num_attention_heads")
+    top.expect(config.num_kv_heads, "num_key_value_heads")
+    top.expect(config.head_dim, "head_dim")
+    top.expect(config.norm_eps, "rms_norm_eps")
+    top.expect("silu", "hidden_act")
+    top.expect(False, "attention_bias", "mlp_bias", "qkv_bias", "use_sliding_window")
+    top.expect(True, "use_qk_norm")
+    top.expect(config.tied_head, "tie_word_embeddings")
+    top.expect(config.rope_theta, "rope_theta")
+    top.expect(1.0, "partial_rotary_factor")
+    top.seen |= {"sliding_window", "max_window_layers"}  # without effect unless use_sliding_window
+    if tower == "qwen3":
+        top.expect(["full_attention"] * config.num_layers, "layer_types")
+    top.seen |= {"layer_types", "rope_scaling", "rope_parameters"}
+    for name, given in _ropes(top.values):
+        _compare_rope(hf_config.Section(name, given, top.problems), tower, config)
+
+
+def _ropes(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Returns (name, values) of each description of rope; rope_parameters may have one per kind of layer."""
+    given = values.get("rope_parameters")
+    nested = {f"rope_parameters.{name}": one for name, one in given.items()
+              if isinstance(one, Mapping)} if isinstance(given, Mapping) else {}
+    found = nested or {"rope_parameters": given}
+    return [(name, one) for name, one in ({"rope_scaling": values.get("rope_scaling")} | found).items()
+            if one is not None]
+
+
+def _compare_rope(rope: hf_config.Section, tower: Tower, config: config_lib.TextConfig) -> None:
+    """Notes a scaling that the model does not have, or in other layers than all of a Qwen3 decoder."""
+    rope.expect(config.rope_theta, "rope_theta")
+    every = tuple(range(config.num_layers))
+    chosen = config.yarn.layers if config.yarn else every
+    found = hf_config.read_yarn(rope, chosen if tower == "olmo3" else every)
+    if found is not None and found != config.yarn:
+        ours = "none" if config.yarn is None else dataclasses.asdict(config.yarn)
+        rope.complain("rope_type", f"must scale as the model does ({ours})", dataclasses.asdict(found))
+    rope.finish()
 
 
 def assemble(text: str | pathlib.Path, vision: str | pathlib.Path, config: config_lib.Molmo2Config, seed: int

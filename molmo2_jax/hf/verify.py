@@ -1,39 +1,29 @@
 """Whether a folder is what other programs expect of a Molmo2 checkpoint, check by check.
 
-From the files: names, shapes and dtypes of tensors, fields of every JSON file, token ids. With transformers
-installed, what it makes of the folder: configs, tokenizer, chat template, and logits on text, an image,
-several images and a video, which must be ours.
+Here from the files alone: names, shapes and dtypes of tensors, fields of every JSON file, token ids. With
+transformers installed, what it makes of the folder is compared with ours too, in compare.py.
 """
 
 import dataclasses
 import importlib.util
 import json
 import pathlib
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from molmo2_jax import config as config_lib
-from molmo2_jax import types
 from molmo2_jax.hf import checkpoint
+from molmo2_jax.hf import compare
 from molmo2_jax.hf import config as hf_config
 from molmo2_jax.hf import processor
 from molmo2_jax.hf import remote_code
 from molmo2_jax.hf import shards
 from molmo2_jax.hf import source as source_lib
 from molmo2_jax.hf import weights
-from molmo2_jax.inputs import image
-from molmo2_jax.inputs import packing
-from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.inputs import tokenizer as tokenizers
-from molmo2_jax.model import molmo2
 
-# Share of the largest logit. Measured: 3e-6 for random small models and the trained nano model; without the
-# mask of visual tokens, which transformers leaves out without mm_token_type_ids, over 4e-4.
-LOGITS_TOLERANCE = 1e-4
-QUESTION = "How many red circles are there in 2.5 s?"
 FILES = ("config.json", "generation_config.json", processor.IMAGE_FILE, processor.VIDEO_FILE,
          processor.PROCESSOR_FILE, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # What the released remote code and vLLM read. Their own defaults are those of other models, so each field
@@ -61,12 +51,6 @@ FIELDS = {
 }
 
 
-class Check(NamedTuple):
-    name: str
-    status: Literal["ok", "FAIL", "skipped"]
-    detail: str
-
-
 class Original(NamedTuple):
     """What a folder was made from."""
     params: Mapping[str, Any]
@@ -75,41 +59,17 @@ class Original(NamedTuple):
     tokenizer: tokenizers.Tokenizer
 
 
-class _Report:
-    """Runs checks; each returns its detail, or a value and the detail."""
-
-    def __init__(self):
-        self.checks: list[Check] = []
-
-    def run(self, name: str, check: Callable, *values) -> Any:
-        """Returns the check's value, None if it fails or if a value it needs is None."""
-        if any(value is None for value in values):
-            self.skip(name, "needs a check that failed")
-            return None
-        try:
-            found = check(*values)
-        except Exception as error:  # whatever it is, the folder did not pass
-            words = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            self.checks.append(Check(name, "FAIL", words))
-            return None
-        value, detail = found if isinstance(found, tuple) else (True, found)
-        self.checks.append(Check(name, "ok", detail))
-        return value
-
-    def skip(self, name: str, why: str) -> None:
-        self.checks.append(Check(name, "skipped", why))
-
-
-def verify(folder: str | pathlib.Path, original: Original | None = None, with_logits: bool = True
-           ) -> list[Check]:
+def verify(folder: str | pathlib.Path, original: Original | None = None, with_logits: bool = True,
+           is_vllm: bool = False, logits_to: pathlib.Path | None = None) -> list[compare.Check]:
     """Returns all checks of a folder; it passes if none has the status FAIL.
 
     Args:
       original: parameters, configs and tokenizer must be these, parameters after rounding to the folder's
         dtype bit for bit.
       with_logits: compare with transformers, which takes the memory of the model in float32.
+      is_vllm, logits_to: see compare.with_transformers.
     """
-    folder, report = pathlib.Path(folder), _Report()
+    folder, report = pathlib.Path(folder), compare.Report()
     report.run("files", _check_files, folder)
     config = report.run("config.json", _read_configs, folder)
     report.run("fields for the remote code and vLLM", _check_fields, folder)
@@ -124,19 +84,16 @@ def verify(folder: str | pathlib.Path, original: Original | None = None, with_lo
     elif not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         report.skip("transformers", "torch and transformers are not installed")
     else:
-        _verify_with_transformers(report, folder, opened, tokenizer)
+        compare.with_transformers(report, folder, opened, tokenizer, is_vllm, logits_to)
     return report.checks
 
 
-def table(checks: list[Check]) -> str:
+def table(checks: list[compare.Check]) -> str:
     """Returns one line per check, and the count of each status."""
     width = max(len(check.name) for check in checks)
     counts = {status: sum(check.status == status for check in checks) for status in ("ok", "FAIL", "skipped")}
     lines = [f"{check.status:8}{check.name:{width}}  {check.detail}" for check in checks]
     return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items())])
-
-
-# From the files alone
 
 
 def _check_files(folder: pathlib.Path) -> str:
@@ -167,8 +124,10 @@ def _check_fields(folder: pathlib.Path) -> str:
             if absent:
                 problems.append(f"{' '.join(filter(None, (file, section)))} lacks {', '.join(absent)}")
     values = processor.read_json(folder / "config.json")
-    if values.get("use_frame_special_tokens") is not True:
-        problems.append("use_frame_special_tokens must be true, or the remote code counts no videos")
+    wanted = processor.uses_frame_tokens(folder)
+    if values.get("use_frame_special_tokens") is not wanted:
+        problems.append(f"use_frame_special_tokens must be {str(wanted).lower()} as in "
+                        f"{processor.PROCESSOR_FILE}, or the remote code counts no videos")
     if values.get("tie_word_embeddings"):
         problems.append("tie_word_embeddings must be false: the two tables of the embedding are no head")
     for name in ("vit_config", "adapter_config", "text_config"):
@@ -266,164 +225,11 @@ def _compare(folder: pathlib.Path, original: Original, dtype: str, tokenizer: to
     found, config, inputs = checkpoint.import_checkpoint(folder, dtype=dtype, place=place)
     problems += [f"{path} is missing" for path in sorted(set(given) - set(weights.flatten(found)))]
     for name, ours, theirs in (("model", config, original.config), ("inputs", inputs, original.inputs)):
-        problems += _differences(name, dataclasses.asdict(ours), dataclasses.asdict(theirs))
-    ids = [(QUESTION, one.encode(QUESTION), one.special, one.bos_id, one.eos_id)
+        problems += compare.differences(name, dataclasses.asdict(ours), dataclasses.asdict(theirs))
+    ids = [(one.encode(compare.QUESTION), one.special, one.bos_id, one.eos_id)
            for one in (tokenizer, original.tokenizer)]
     if ids[0] != ids[1]:
         problems.append("the tokenizer writes other ids")
     if problems:
         raise ValueError("; ".join(problems))
     return f"{len(given)} parameters, bit for bit in {dtype}"
-
-
-def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        return [text for field in ours for text in
-                _differences(f"{name}.{field}", ours[field], theirs.get(field))]
-    # Initialisation is not part of the format.
-    return [] if ours == theirs or name.endswith("init_std") else [f"{name} is {ours} instead of {theirs}"]
-
-
-# With transformers
-
-
-def examples(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig,
-             tokenizer: tokenizers.Tokenizer, question: str = QUESTION, seed: int = 0
-             ) -> dict[str, tuple[types.Sequence, list[np.ndarray]]]:
-    """Returns {kind: (Sequence, stills)}: a question about random pixels, through the real input pipeline."""
-    rng = np.random.default_rng(seed)
-    side = config.vision.image_size
-    pixels = lambda rows, columns: rng.integers(
-        0, 256, (max(int(rows * side), 1), max(int(columns * side), 1), 3)).astype(np.uint8)
-    stills = [pixels(1.2, 2.3), pixels(0.8, 0.5), pixels(0.4, 1.0)][:inputs.max_images]
-    frames = np.stack([pixels(1, 1) for _ in range(min(3, inputs.max_frames))])
-    seconds = np.arange(len(frames)) / inputs.max_fps
-    clip = types.Frames(frames, seconds, side, side, float(seconds[-1]), inputs.max_fps)
-    seen = {"text": (None, []),
-            "image": (image.crops_of_images(stills[:1], config, inputs, tokenizer), stills[:1]),
-            "video": (image.crops_of_frames(clip, config, inputs, tokenizer), [])}
-    if len(stills) > 1:
-        seen["several images"] = image.crops_of_images(stills, config, inputs, tokenizer), stills
-    branch = types.Branch(turns=(question,))
-    return {kind: (sequences.build(crops, [branch], tokenizer), used) for kind, (crops, used) in seen.items()}
-
-
-def our_logits(params: Mapping[str, Any], config: config_lib.Molmo2Config, group: list[types.Sequence]
-               ) -> list[np.ndarray]:
-    """Returns float32[T, V] logits of each sequence in float32."""
-    T, M, R = (max(len(getattr(one, name)) for one in group) for name in ("tokens", "patches", "pooled"))
-    W = max(one.pooled.shape[-1] for one in group)
-    shape = types.RowShape(T=T, M=M, R=R, W=W)
-    batch = packing.stack([packing.join([one], shape, config.vision.patch_shape) for one in group])
-    rows = jax.jit(molmo2.Molmo2(config, remat="none").apply)({"params": params}, batch)
-    return [np.asarray(row[:len(one.tokens)]) for row, one in zip(rows, group)]
-
-
-def _verify_with_transformers(report: _Report, folder: pathlib.Path, opened: checkpoint.Opened | None,
-                              tokenizer: tokenizers.Tokenizer | None) -> None:
-    report.run("transformers: config", _check_their_config, folder, opened)
-    cases = None
-    if opened and tokenizer:
-        cases = examples(opened.config, opened.inputs, tokenizer)
-    report.run("transformers: tokenizer and chat template", _check_their_tokenizer, folder, opened, cases)
-    if importlib.util.find_spec("torchvision"):
-        report.run("transformers: processor", _check_their_processor, folder, cases)
-    else:
-        report.skip("transformers: processor", "torchvision is not installed")
-    # Ours first, so that one model is held at a time.
-    ours = report.run("logits: ours", _compute_ours, folder, cases)
-    model = report.run("transformers: tensors", _load_theirs, folder)
-    for kind in cases or ():
-        report.run(f"logits: {kind}", _compare_logits, kind, model, opened, cases, ours)
-
-
-def _check_their_config(folder: pathlib.Path, opened: checkpoint.Opened) -> str:
-    from molmo2_jax.hf import peer
-    theirs, generation = peer.configs(folder)
-    read, ours = hf_config.read(json.loads(theirs.to_json_string()), "transformers' config"), opened.config
-    read = dataclasses.replace(  # pooling windows stand elsewhere, a tied head in the tensors
-        read, text=dataclasses.replace(read.text, tied_head=ours.text.tied_head),
-        connector=dataclasses.replace(read.connector, image_window=ours.connector.image_window,
-                                      video_window=ours.connector.video_window))
-    problems = _differences("config", dataclasses.asdict(ours), dataclasses.asdict(read))
-    if problems:
-        raise ValueError("; ".join(problems))
-    return f"{type(theirs).__name__}, stops at {generation.eos_token_id}"
-
-
-def _fold(tokens: np.ndarray, config: config_lib.Molmo2Config, placeholder: int) -> list[int]:
-    """Returns the ids with each run of visual tokens, and the times between frames, as one placeholder."""
-    visual = {config.special_id(token) for token in config_lib.SPECIAL_TOKENS}
-    folded: list[int] = []
-    for token in tokens.tolist():
-        if token not in visual:
-            folded.append(token)
-        elif not folded or folded[-1] != placeholder:
-            folded.append(placeholder)
-    return folded
-
-
-def _messages(stills: list, question: str = QUESTION) -> list[dict]:
-    parts = [{"type": "image", "image": one} for one in stills]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
-
-
-def _check_their_tokenizer(folder: pathlib.Path, opened: checkpoint.Opened, cases: dict) -> str:
-    from molmo2_jax.hf import peer
-    theirs = peer.tokenizer(folder)
-    placeholder = opened.config.special_id("<|image|>")
-    for kind, (one, stills) in cases.items():
-        if kind == "video":  # times of frames stand between its visual tokens
-            continue
-        text = theirs.apply_chat_template(_messages(stills), tokenize=False, add_generation_prompt=True)
-        found = [theirs.bos_token_id, *theirs(text, add_special_tokens=False).input_ids]
-        wanted = _fold(one.tokens, opened.config, placeholder)
-        if found != wanted:
-            raise ValueError(f"the prompt of {kind} must be {wanted}; transformers writes {found}, {text!r}")
-    if theirs.padding_side != "left":
-        raise ValueError(f"padding_side must be 'left'; got {theirs.padding_side!r}")
-    return f"{type(theirs).__name__}, prompts of {len(cases) - 1} kinds"
-
-
-def _check_their_processor(folder: pathlib.Path, cases: dict) -> str:
-    from molmo2_jax.hf import peer
-    theirs = peer.processor(folder)
-    for kind, (one, stills) in cases.items():
-        if not stills:
-            continue
-        found = theirs.apply_chat_template(_messages(stills), tokenize=True, add_generation_prompt=True,
-                                           return_dict=True, return_tensors="pt")
-        pooled = found["image_token_pooling"].numpy()
-        if found["input_ids"][0].tolist() != one.tokens.tolist():
-            raise ValueError(f"ids of {kind} must be ours; got {len(found['input_ids'][0])} ids instead of "
-                             f"{len(one.tokens)} or others")
-        if not np.array_equal(pooled, one.pooled[:, :pooled.shape[1]]):
-            raise ValueError(f"the pooled patches of {kind} must be ours")
-        pixels = np.rint((found["pixel_values"].numpy() + 1) * 127.5)
-        if not np.array_equal(pixels, one.patches):
-            raise ValueError(f"the pixels of {kind} must be ours; "
-                             f"they differ by up to {np.abs(pixels - one.patches).max():.0f} of 255")
-    return f"{type(theirs).__name__}, ids, pooled patches and pixels of images"
-
-
-def _compute_ours(folder: pathlib.Path, cases: dict) -> tuple[dict[str, np.ndarray], str]:
-    params, config, _ = checkpoint.import_checkpoint(folder)
-    logits = dict(zip(cases, our_logits(params, config, [one for one, _ in cases.values()])))
-    if not all(np.isfinite(x).all() for x in logits.values()):
-        raise ValueError("logits must be finite")
-    return logits, f"{sum(len(x) for x in logits.values())} positions"
-
-
-def _load_theirs(folder: pathlib.Path):
-    from molmo2_jax.hf import peer
-    return peer.load(folder), "none missing, left over or of another shape"
-
-
-def _compare_logits(kind: str, model, opened: checkpoint.Opened, cases: dict, ours: dict) -> str:
-    from molmo2_jax.hf import peer
-    theirs = peer.logits(model, [cases[kind][0]], opened.config)[0]
-    error, size = float(np.abs(theirs - ours[kind]).max()), float(np.abs(theirs).max())
-    words = f"differ by {error:.1e} at most, {error / size:.1e} of the largest"
-    if not error <= LOGITS_TOLERANCE * size:
-        raise ValueError(f"logits must agree within {LOGITS_TOLERANCE} of the largest; {words}")
-    return words

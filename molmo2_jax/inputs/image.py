@@ -330,7 +330,7 @@ def crops_of_frames(frames: types.Frames, config: configs.Molmo2Config, inputs: 
 
 def _frame_tokens(seconds, tokens_each, config, inputs, tokenizer, subtitles):
     """Returns int32[T] tokens and int32[T] frame numbers: time text, markers and patches of all frames."""
-    start, end = [config.special_id("<frame_start>")], [config.special_id("<frame_end>")]
+    start, end = ([config.special_id(token)] for token in prompt.frame_markers(inputs))
     patches = [config.special_id("<im_patch>")] * tokens_each
     visual = _VisualTokens()
     if not inputs.per_frame_special_tokens:

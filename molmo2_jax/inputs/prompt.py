@@ -152,6 +152,17 @@ def subtitles_within(subtitles: str | Sequence[tuple[float, float, str]],
                  if start < duration and end > 0)
 
 
+def frame_markers(inputs: config.InputConfig) -> tuple[str, str]:
+    """Returns the special tokens before and after the patches of a frame.
+
+    Both pairs occur among released checkpoints; the processor file says which one a model was trained with.
+    Source: transformers: models/molmo2/processing_molmo2.py, `get_video_string`.
+    """
+    if inputs.use_frame_special_tokens:
+        return "<frame_start>", "<frame_end>"
+    return "<im_start>", "<im_end>"
+
+
 def subtitle_text(subtitles: str | Sequence[tuple[float, float, str]],
                   frame_seconds: Sequence[float] | None = None, margin: float = 1.0) -> str:
     """Returns the text placed after the frames: "subtitle", then one "START - END TEXT" per line.

@@ -30,6 +30,10 @@ _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
+# What tokenizer_config.json calls a tokenizer that is its tokenizer.json and nothing else.
+GENERIC_CLASS = "PreTrainedTokenizerFast"
+
+
 def _special(text: str) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(text, normalized=False, special=True)
 
@@ -58,10 +62,12 @@ class Tokenizer:
     vocab_size: entries of the base vocabulary, fillers included; the first special token has this id.
     special: id of each of config.SPECIAL_TOKENS.
     reserved: texts of all special entries, which plain text must not contain.
+    hub_class: `tokenizer_class` of its tokenizer_config.json, e.g. "Qwen2Tokenizer"; saved as it was read.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None,
+                 hub_class: str = GENERIC_CLASS):
+        self._tokenizer, self.hub_class = tokenizer, hub_class
         self._texts = (bos, eos)
         self.special = {text: tokenizer.token_to_id(text) for text in config.SPECIAL_TOKENS}
         first = self.special[config.SPECIAL_TOKENS[0]]
@@ -107,7 +113,7 @@ class Tokenizer:
                 raise ValueError(f"vocab_size is needed: {path} does not hold the Molmo2 tokens yet")
             append_special_tokens(tokenizer, vocab_size)
         result = cls(tokenizer, bos=_text_of(settings.get("bos_token")),
-                     eos=_text_of(settings.get("eos_token")))
+                     eos=_text_of(settings.get("eos_token")), hub_class=_class_of(settings))
         if vocab_size is not None and result.vocab_size != vocab_size:
             raise ValueError(f"vocab_size must equal that of {path}, {result.vocab_size}; got {vocab_size}")
         return result
@@ -145,16 +151,22 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(folder / "tokenizer.json"))
         bos, eos = self._texts
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos,
+        settings = {"tokenizer_class": self.hub_class, "bos_token": bos,
                     "eos_token": eos or self.token(self.eos_id), "clean_up_tokenization_spaces": False}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     def __reduce__(self):
-        return Tokenizer, (self._tokenizer, *self._texts)
+        return Tokenizer, (self._tokenizer, *self._texts, self.hub_class)
 
 
 def _settings(path: pathlib.Path) -> dict:
     return text_file.read_json(path) if path.is_file() else {}
+
+
+def _class_of(settings: dict) -> str:
+    """Returns the tokenizer_class; for the name that only transformers 5 knows, the one that 4 knows too."""
+    found = settings.get("tokenizer_class")
+    return found if found and found != "TokenizersBackend" else GENERIC_CLASS
 
 
 def _text_of(token: str | dict | None) -> str | None:

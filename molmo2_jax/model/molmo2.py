@@ -21,15 +21,19 @@ from molmo2_jax.model import layers
 from molmo2_jax.model import text
 from molmo2_jax.model import vision
 
+PATCH_ROW = config_lib.SPECIAL_TOKENS.index("<im_patch>")  # in the second embedding table
 
-def merge(x_BTD, is_patch_BT, visual_BRD):
+
+def merge(x_BTD, is_patch_BT, visual_BRD, how: config_lib.VisualMerge = "add"):
     """Adds the k-th visual token to the embedding of the k-th `<im_patch>` of its row.
 
-    Added, not put in its place: the reference and transformers add, vLLM replaces.
+    With "replace" it is put in the place of the embedding: the reference and transformers add, vLLM replaces.
     """
     visual_BRD = sharding.constrain(visual_BRD, "rows", None, None)
     k_BT = jnp.maximum(jnp.cumsum(is_patch_BT, axis=1) - 1, 0)
     placed_BTD = jnp.take_along_axis(visual_BRD, k_BT[..., None], axis=1, mode="clip")
+    if how == "replace":
+        x_BTD = jnp.where(is_patch_BT[..., None], 0, x_BTD)
     merged = x_BTD + jnp.where(is_patch_BT[..., None], placed_BTD, 0).astype(x_BTD.dtype)
     return sharding.constrain(merged, "rows", "length", None)
 
@@ -39,6 +43,19 @@ class Inside(NamedTuple):
     features: jax.Array | None      # [B, M, P, A] what the ViT says of patches, before the connector
     visual: jax.Array | None        # [B, R, D] visual tokens, after the connector
     layers: dict[int, jax.Array]    # [B, T, D] after each tapped layer of the decoder
+
+
+def zero_patch_row(initializer):
+    """Returns the initialiser of a second table whose row of `<im_patch>` is zero."""
+    def draw(key, shape, dtype=jnp.float32):
+        return initializer(key, shape, dtype).at[PATCH_ROW].set(0)
+    return draw
+
+
+def freeze_patch_row(table_ND):
+    """Returns the second table; no gradient flows into the row of `<im_patch>`."""
+    is_frozen_N1 = (jnp.arange(table_ND.shape[0]) == PATCH_ROW)[:, None]
+    return jnp.where(is_frozen_N1, jax.lax.stop_gradient(table_ND), table_ND)
 
 
 class Molmo2(nn.Module):
@@ -57,9 +74,10 @@ class Molmo2(nn.Module):
         self.connector = recomputed(c.connector, t.width, self.dtype)
         self.text = text.Decoder(t, self.dtype, self.remat, self.attention)
         normal = nn.initializers.normal(t.embedding_init_std)
-        normal = nn.with_logical_partitioning(normal, ("vocab", "embed"))
+        new = zero_patch_row(normal) if c.freeze_patch_row else normal
+        normal, new = (nn.with_logical_partitioning(draw, ("vocab", "embed")) for draw in (normal, new))
         self.base_embedding = self.param("base_embedding", normal, (t.vocab_size, t.width))
-        self.new_embedding = self.param("new_embedding", normal, (t.additional_vocab_size, t.width))
+        self.new_embedding = self.param("new_embedding", new, (t.additional_vocab_size, t.width))
         if not t.tied_head:
             head = nn.with_logical_partitioning(
                 nn.initializers.normal(t.init_std or t.width ** -0.5), ("embed", "vocab"))
@@ -72,6 +90,8 @@ class Molmo2(nn.Module):
         tokens_BT = sharding.constrain(tokens_BT, "replicas", None)
         base, new = (sharding.constrain(table, None, "stored")
                      for table in (self.base_embedding, self.new_embedding))
+        if self.config.freeze_patch_row:
+            new = freeze_patch_row(new)
         x_BTD = jnp.where(tokens_BT[..., None] < V, base[jnp.minimum(tokens_BT, V - 1)],
                           new[jnp.maximum(tokens_BT - V, 0)]).astype(self.dtype)
         x_BTD = sharding.constrain(x_BTD, "replicas", None, "stored")
@@ -91,7 +111,8 @@ class Molmo2(nn.Module):
             features_BMPA = self.vision(patches_BMPC)
         with jax.named_scope("connector"):
             visual_BRD = self.connector(features_BMPA, pooled_BRW)
-        x_BTD = merge(x_BTD, tokens_BT == self.config.special_id("<im_patch>"), visual_BRD)
+        is_patch_BT = tokens_BT == self.config.special_id("<im_patch>")
+        x_BTD = merge(x_BTD, is_patch_BT, visual_BRD, self.config.visual_merge)
         return x_BTD, features_BMPA, visual_BRD
 
     def decode(self, x_BTD, positions_BT, mask, memory=None, drop_rate_BT=None, rng=None):

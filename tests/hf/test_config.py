@@ -17,7 +17,7 @@ def without_init(config):
     default = config_lib.molmo2_8b()
     same = {"init_std": default.text.init_std, "embedding_init_std": default.text.embedding_init_std}
     return dataclasses.replace(
-        config, text=dataclasses.replace(config.text, tied_head=False, **same),
+        config, freeze_patch_row=False, text=dataclasses.replace(config.text, tied_head=False, **same),
         connector=dataclasses.replace(config.connector, init_std=default.connector.init_std),
         vision=dataclasses.replace(config.vision, **{
             field.name: getattr(default.vision, field.name) for field in dataclasses.fields(default.vision)
@@ -67,6 +67,12 @@ def test_the_attention_factor_of_yarn_follows_from_its_factor():
 @pytest.mark.parametrize(("section", "field", "value", "message"), [
     (None, "surprise", 1, "unknown in the top level: surprise"),
     ("text_config", "sliding_window", 4096, "unknown in text_config: sliding_window"),
+    ("text_config", "partial_rotary_factor", 0.5, "text_config.partial_rotary_factor must be 1.0, got 0.5"),
+    ("text_config", "rope_parameters", {"rope_theta": 1e6, "partial_rotary_factor": 0.5}, "must be 1.0, got"),
+    ("text_config", "final_logit_softcapping", 30.0, "unknown in text_config: final_logit_softcapping"),
+    ("text_config", "model_type", "llama", "text_config.model_type must be one of .'molmo2_text',., got 'l"),
+    ("vit_config", "model_type", "clip", "vit_config.model_type must be one of .'molmo2', 'molmo2_vision'"),
+    (None, "quantization_config", {"bits": 4}, "unknown in the top level: quantization_config"),
     ("text_config", "qkv_bias", True, "text_config.qkv_bias must be False, got True"),
     ("text_config", "hidden_act", "gelu", "text_config.hidden_act must be 'silu', got 'gelu'"),
     ("text_config", "hidden_size", None, "text_config.hidden_size must be given as int, got None"),
@@ -101,5 +107,7 @@ def test_what_the_format_cannot_say_is_refused():
     nano = config_lib.nano()
     with pytest.raises(ValueError, match="visual_attention must be 'image_tokens' to be exported.*'causal'"):
         hf_config.write(dataclasses.replace(nano, visual_attention="causal"))
+    with pytest.raises(ValueError, match="visual_merge must be 'add' to be exported.*'replace'"):
+        hf_config.write(dataclasses.replace(nano, visual_merge="replace"))
     with pytest.raises(ValueError, match="must equal the ViT's width to be exported; got 32 and 64"):
         hf_config.write(dataclasses.replace(nano, connector=dataclasses.replace(nano.connector, num_heads=2)))

@@ -133,12 +133,82 @@ def test_the_config_tells_which_tower_a_folder_holds(tmp_path):
     ("rms_norm_eps", 1e-5, "rms_norm_eps must be 1e-06, got 1e-05"),
     ("num_attention_heads", 77, "num_attention_heads must be"),
     ("use_sliding_window", True, "use_sliding_window must be False, got True"),
-    ("hidden_act", "gelu", "hidden_act must be 'silu', got 'gelu'")])
+    ("hidden_act", "gelu", "hidden_act must be 'silu', got 'gelu'"),
+    ("rope_scaling", {"rope_type": "linear", "factor": 4.0},
+     "rope_scaling.rope_type must be 'default' or 'yarn', got 'linear'"),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+     "rope_scaling.rope_type must scale as the model does .none., got {'factor': 4.0"),
+    ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, "got 'dynamic'"),
+    ("rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "must be 1.0, got 0.5"),
+    ("rope_parameters", {"rope_theta": 1e4, "mrope_section": [1]}, "unknown in rope_parameters: mrope"),
+    ("partial_rotary_factor", 0.25, "partial_rotary_factor must be 1.0, got 0.25"),
+    ("layer_types", ["sliding_attention"], "layer_types must be "),
+    ("head_dim", 77, "head_dim must be 12, got 77"),
+    ("attention_bias", True, "attention_bias must be False"),
+    ("final_logit_softcapping", 30.0, "unknown in the top level: final_logit_softcapping"),
+    ("quantization_config", {"bits": 4}, "unknown in the top level: quantization_config")])
 def test_what_tensors_cannot_tell_is_compared_with_the_config(field, value, message, tmp_path):
     config = packs.random_config("qwen3", 0)
     assert towers.import_tower(qwen3_folder(tmp_path, config), "qwen3", config)
     with pytest.raises(ValueError, match=f"must hold the qwen3 tower of the model: .*{message}"):
         towers.import_tower(qwen3_folder(tmp_path, config, **{field: value}), "qwen3", config)
+
+
+# What the config.json of each decoder holds besides its sizes.
+PUBLISHED = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+              "bos_token_id": 151643, "eos_token_id": 151645, "initializer_range": 0.02,
+              "max_position_embeddings": 262144, "max_window_layers": 36, "rope_scaling": None,
+              "sliding_window": None, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+              "use_cache": True, "use_sliding_window": False},
+    "olmo3": {"architectures": ["Olmo3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+              "eos_token_id": 100257, "initializer_range": 0.02, "max_position_embeddings": 65536,
+              "pad_token_id": 100277, "sliding_window": 4096, "tie_word_embeddings": False,
+              "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 8, "use_cache": True}}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32.0,
+        "beta_slow": 1.0, "attention_factor": 1.2079441541679836}
+
+
+def test_the_published_decoders_are_those_of_the_presets():
+    small, large = config_lib.molmo2_4b(), config_lib.molmo2_o_7b()
+    assert not towers.differences(PUBLISHED["qwen3"] | {
+        "rope_theta": 5000000, "head_dim": 128, "tie_word_embeddings": True}, "qwen3", small)
+    implied = {field: value for field, value in YARN.items() if field != "attention_factor"}
+    for ropes in ({"rope_theta": 500000, "rope_scaling": YARN},
+                  {"rope_theta": 500000, "rope_scaling": implied},
+                  {"rope_parameters": {"full_attention": YARN | {"rope_theta": 5e5},
+                                       "sliding_attention": {"rope_type": "default", "rope_theta": 5e5}}}):
+        assert not towers.differences(PUBLISHED["olmo3"] | ropes, "olmo3", large)
+    other = PUBLISHED["olmo3"] | {"rope_scaling": YARN | {"factor": 4.0}}
+    [found] = towers.differences(other, "olmo3", large)
+    assert found.startswith("rope_scaling.rope_type must scale as the model does ({'factor': 8.0")
+
+
+def test_a_qwen3_decoder_may_be_scaled_if_the_model_scales_all_of_its_layers():
+    scaled = [config_lib.YarnConfig(layers=layers) for layers in (tuple(range(36)), (3, 7))]
+    whole, some = (dataclasses.replace(config_lib.molmo2_4b(), text=dataclasses.replace(
+        config_lib.molmo2_4b().text, yarn=yarn)) for yarn in scaled)
+    values = PUBLISHED["qwen3"] | {"rope_theta": 5e6, "rope_scaling": YARN}
+    assert not towers.differences(values, "qwen3", whole)
+    assert len(towers.differences(values, "qwen3", some)) == 1
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"hidden_act": "gelu"}, "vision_config.hidden_act must be 'gelu_pytorch_tanh', got 'gelu'"),
+    ({"layer_norm_eps": 1e-5}, "vision_config.layer_norm_eps must be 1e-06"),
+    ({"num_channels": 1}, "vision_config.num_channels must be 3"),
+    ({"qkv_bias": False, "rope_theta": 1.0}, "unknown in vision_config: qkv_bias, rope_theta")])
+def test_a_vit_that_computes_otherwise_is_named(fields, message):
+    usual = {"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 384, "patch_size": 14,
+             "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+             "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3}
+    wrap = lambda vision: {"model_type": "siglip", "initializer_factor": 1.0, "text_config": {"any": 1},
+                           "transformers_version": "4.49.0", "vision_config": vision}
+    model = config_lib.molmo2_4b()
+    assert not towers.differences(wrap(usual), "siglip2", model)
+    assert not towers.differences(usual, "siglip2", model)
+    [found] = towers.differences(wrap(usual | fields), "siglip2", model)
+    assert found.startswith(message)
 
 
 def test_a_tower_of_other_sizes_is_refused(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from molmo2_jax import config as config_lib
 from molmo2_jax import decode
 from molmo2_jax.hf import checkpoint
-from molmo2_jax.hf import verify
+from molmo2_jax.hf import compare
 from molmo2_jax.inputs import packing
 from molmo2_jax.inputs import tokenizer as tokenizer_lib
 from molmo2_jax.model import molmo2
@@ -95,6 +95,26 @@ def test_the_comparison_would_see_a_missing_visual_mask(tmp_path):
     assert np.abs(causal - peer.logits(model, [video], config)[0]).max() > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize(("attention", "merge"), [
+    ("causal", "replace"), ("causal", "add"), ("image_tokens", "replace")])
+def test_logits_by_the_rule_of_vllm_are_those_of_transformers_made_causal_and_replacing(
+        attention, merge, tmp_path):
+    """Each of both differences from the reference by itself, and the two together."""
+    config = packs.random_config("qwen3", 0)
+    params = packs.random_params(config)
+    model = peer.load(export(params, config, tmp_path / "m"))
+    other = dataclasses.replace(config, visual_attention=attention, visual_merge=merge)
+    assert (other == compare.as_vllm(config)) == ((attention, merge) == ("causal", "replace"))
+    cases = examples(config)
+    rows, usual = (our_logits(one, params, list(cases.values())) for one in (other, config))
+    table = model.get_input_embeddings().weight.detach().clone()
+    for (name, one), ours, before in zip(cases.items(), rows, usual):
+        np.testing.assert_allclose(ours, peer.logits(model, [one], other)[0], atol=TOLERANCE, rtol=0,
+                                   err_msg=name)
+        assert (np.abs(ours - before).max() > 100 * TOLERANCE) == (name != "text"), name
+    assert torch.equal(table, model.get_input_embeddings().weight)
+
+
 @pytest.mark.parametrize("save_original_format", [True, False])
 def test_a_folder_saved_by_transformers_comes_back_unchanged(save_original_format, tmp_path):
     config = packs.random_config("olmo", 0)
@@ -122,12 +142,25 @@ def nano(tmp_path_factory):
 
 def test_the_real_input_pipeline_agrees_too(nano):
     config, inputs, tokenizer, params, _, model = nano
-    cases = verify.examples(config, inputs, tokenizer)
+    cases = compare.examples(config, inputs, tokenizer)
     group = [one for one, _ in cases.values()]
     assert set(cases) == {"text", "image", "several images", "video"} and len(group[1].patches) > 2
-    for kind, one, ours in zip(cases, group, verify.our_logits(params, config, group)):
+    for kind, one, ours in zip(cases, group, compare.our_logits(params, config, group)):
         np.testing.assert_allclose(ours, peer.logits(model, [one], config)[0], atol=TOLERANCE, rtol=0,
                                    err_msg=kind)
+
+
+def test_a_video_between_image_markers_agrees_and_comes_back(nano, tmp_path):
+    config, inputs, tokenizer, params, _, _ = nano
+    inputs = dataclasses.replace(inputs, use_frame_special_tokens=False)
+    folder = checkpoint.export_checkpoint(params, config, inputs, tokenizer, tmp_path / "m")
+    _, again, read = checkpoint.import_checkpoint(folder)
+    assert read == inputs
+    video = compare.examples(again, read, tokenizer)["video"][0]
+    markers = [config.special_id(token) for token in ("<im_start>", "<im_end>", "<frame_start>")]
+    assert [(video.tokens == marker).sum() for marker in markers] == [3, 3, 0]
+    np.testing.assert_allclose(compare.our_logits(params, config, [video])[0],
+                               peer.logits(peer.load(folder), [video], config)[0], atol=TOLERANCE, rtol=0)
 
 
 def test_the_chat_template_writes_turns_styles_and_subtitles(nano):

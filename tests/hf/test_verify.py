@@ -11,8 +11,10 @@ import safetensors.numpy
 
 from molmo2_jax import config as config_lib
 from molmo2_jax.hf import checkpoint
+from molmo2_jax.hf import compare
 from molmo2_jax.hf import shards
 from molmo2_jax.hf import verify
+from molmo2_jax.inputs import image
 from molmo2_jax.inputs import tokenizer as tokenizers
 from tests import packs
 
@@ -63,6 +65,28 @@ def test_our_folder_passes_every_check_and_equals_what_it_was_made_from(made):
         "transformers: tokenizer and chat template", "transformers: processor", "logits: ours",
         "transformers: tensors", "logits: text", "logits: image", "logits: video", "logits: several images"]
     assert verify.table(checks).splitlines()[-1].startswith(f"{len(checks) - 1} ok, 0 FAIL")
+
+
+def test_the_rule_of_vllm_passes_too_and_its_logits_are_written(made, tmp_path):
+    pytest.importorskip("transformers")
+    original, folder = made
+    checks = verify.verify(folder, is_vllm=True, logits_to=tmp_path / "deep" / "logits.npz")
+    assert not [check for check in checks if check.status == "FAIL"], verify.table(checks)
+    [ours] = [check for check in checks if check.name == "logits: ours"]
+    assert "in place of the embedding of <im_patch>, whose largest value is 1." in ours.detail
+    tokenizer, config = original.tokenizer, original.config
+    cases = compare.examples(config, INPUTS, tokenizer)
+    written = np.load(tmp_path / "deep" / "logits.npz")
+    kept, _, _ = checkpoint.import_checkpoint(folder)
+    wanted = compare.our_logits(kept, compare.as_vllm(config), [one for one, _ in cases.values()])
+    usual = compare.our_logits(kept, config, [one for one, _ in cases.values()])
+    for (kind, (one, stills)), logits, other in zip(cases.items(), wanted, usual):
+        np.testing.assert_array_equal(written[f"{kind}/tokens"], one.tokens)
+        np.testing.assert_array_equal(written[f"{kind}/logits"], logits)
+        assert (np.abs(logits - other).max() > 1e-3) == (kind != "text")
+        assert sum(name.startswith(f"{kind}/still") for name in written) == len(stills)
+    frames = image.patchify(written["video/frames"], config.vision.patch_size)
+    np.testing.assert_array_equal(frames, cases["video"][0].patches)
 
 
 def edit(folder, file, change):
@@ -117,6 +141,8 @@ FIELDS, TENSORS = "fields for the remote code and vLLM", "names and shapes of te
     (drop("config.json", "vit_config", "image_num_pos"), FIELDS, "vit_config lacks image_num_pos"),
     (drop("config.json", "use_cache"), FIELDS, "config.json lacks use_cache"),
     (put("config.json", False, "use_frame_special_tokens"), FIELDS, "use_frame_special_tokens must be true"),
+    (put("processor_config.json", False, "use_frame_special_tokens"), FIELDS,
+     "use_frame_special_tokens must be false as in processor_config.json"),
     (drop("processor_config.json", "use_single_crop_col_tokens"), FIELDS, "lacks use_single_crop_col_tokens"),
     (drop("video_preprocessor_config.json", "sampling_fps"), FIELDS, "lacks sampling_fps"),
     (lambda folder: max(folder.glob("*.safetensors")).unlink(), TENSORS, "every shard of the index"),
@@ -167,8 +193,8 @@ def test_a_folder_saved_by_transformers_is_told_from_the_released_layout(made, t
 
 def test_wrong_logits_fail(made, monkeypatch):
     pytest.importorskip("transformers")
-    ours = verify.our_logits
-    monkeypatch.setattr(verify, "our_logits", lambda *args: [1.001 * one for one in ours(*args)])
+    ours = compare.our_logits
+    monkeypatch.setattr(compare, "our_logits", lambda *args: [1.001 * one for one in ours(*args)])
     found = statuses(verify.verify(made[1]))
     assert {found[name] for name in found if name.startswith("logits: ") and "ours" not in name} == {"FAIL"}
 

@@ -108,6 +108,21 @@ def test_frames_are_laid_out_as_in_the_reference(case):
     assert crops.pooled[-1].tolist() == case["pool_last_row"]
 
 
+@pytest.mark.parametrize("case", MORE["video"])
+def test_frames_between_image_markers_differ_in_the_markers_only(case):
+    inputs = dataclasses.replace(INPUTS, per_frame_special_tokens=case["per_frame_special_token"])
+    film = frames(len(case["timestamps"]), 378, case["timestamps"])
+    both = [dataclasses.replace(inputs, use_frame_special_tokens=value) for value in (True, False)]
+    usual, other = (image.crops_of_frames(film, FULL, one, FULL_TOKENS, case["subtitle"] or ())
+                    for one in both)
+    swapped = {FULL.special_id("<frame_start>"): FULL.special_id("<im_start>"),
+               FULL.special_id("<frame_end>"): FULL.special_id("<im_end>")}
+    assert [swapped.get(token, token) for token in usual.tokens.tolist()] == other.tokens.tolist()
+    assert usual.tokens.tolist() != other.tokens.tolist()
+    for name in ("patches", "pooled", "image"):
+        np.testing.assert_array_equal(getattr(usual, name), getattr(other, name))
+
+
 # Resizing
 
 

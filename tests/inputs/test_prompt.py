@@ -97,3 +97,16 @@ def test_subtitles_are_cut_to_the_clip():
         (0.0, 1.0, "at its start"), (2.0, 3.0, "within"), (4.5, 5.0, "at its end"))
     assert prompt.subtitles_within(subtitles[:2], 5.0) == prompt.subtitles_within((), 5.0) == ()
     assert prompt.subtitles_within("as it is", 5.0) == "as it is"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_frames_are_marked_as_transformers_marks_them(value):
+    processing = pytest.importorskip("transformers.models.molmo2.processing_molmo2")
+    torch = pytest.importorskip("torch")
+    theirs = object.__new__(processing.Molmo2Processor)
+    theirs.use_frame_special_tokens, theirs.video_use_col_tokens = value, False
+    start, end = prompt.frame_markers(config.InputConfig(use_frame_special_tokens=value))
+    seconds = [0.0, 0.5, 12.25]
+    ours = "".join(prompt.frame_time_text(second, place == 0) + start + "<im_patch>" * 6 + end
+                   for place, second in enumerate(seconds))
+    assert theirs.get_video_string(torch.tensor([3, 2, 3]), seconds) == ours

@@ -98,6 +98,9 @@ def test_a_run_that_starts_from_a_model_takes_its_tokenizer_and_weights(tmp_path
     wanted = trained.load(shipped).params
     assert jax.tree.all(jax.tree.map(np.array_equal, params, wanted))
     assert train.first_params(config, None, tmp_path) is None
+    markers = dataclasses.replace(config.inputs, use_frame_special_tokens=False)
+    with pytest.raises(ValueError, match="use_frame_special_tokens = True; got False"):
+        train.first_params(dataclasses.replace(config, inputs=markers), str(shipped), tmp_path)
 
 
 def test_the_corpus_is_the_same_every_time_and_holds_no_markup(drawn):

@@ -5,6 +5,7 @@ import functools
 import pathlib
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +95,58 @@ def test_later_frames_change_earlier_ones_only_where_the_setting_says_so(setting
     assert np.abs(before - after)[frames == 2].max() > 1e-3
     text = np.flatnonzero((frames < 0) & (base.example[0] >= 0))
     assert np.abs(before - after)[text[:3]].max() == 0  # BOS and the first time text precede every frame
+
+
+def frozen(config):
+    return dataclasses.replace(config, freeze_patch_row=True)
+
+
+def drawn(config):
+    """Parameters as they are drawn for a model that is trained from nothing."""
+    model = molmo2.Molmo2(config, remat="none", attention="dense")
+    batch = packs.random_rows(0, config, 1, T)
+    return nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
+
+
+def test_features_replace_a_row_of_zeros_as_they_are_added_to_it():
+    config = packs.random_config("qwen3", 0)
+    batch = packs.random_rows(1, config, 2, T)
+    row = config.special_id("<im_patch>") - config.text.vocab_size
+    logits = {}
+    for is_zero in (True, False):
+        params = packs.random_params(config)
+        params["new_embedding"][row] *= not is_zero
+        for how in ("add", "replace"):
+            model = molmo2.Molmo2(dataclasses.replace(config, visual_merge=how), remat="none")
+            logits[is_zero, how] = np.asarray(jax.jit(model.apply)({"params": params}, batch))
+    np.testing.assert_array_equal(logits[True, "add"], logits[True, "replace"])
+    np.testing.assert_array_equal(logits[True, "add"], logits[False, "replace"])
+    assert np.abs(logits[False, "add"] - logits[False, "replace"]).max() > 1e-2
+
+
+def test_the_row_of_patches_starts_at_zero_where_asked_and_others_as_ever():
+    config = packs.random_config("qwen3", 0)
+    row = config.special_id("<im_patch>") - config.text.vocab_size
+    usual, zeroed = (np.asarray(drawn(one)["new_embedding"]) for one in (config, frozen(config)))
+    assert not zeroed[row].any() and usual[row].all()
+    np.testing.assert_array_equal(np.delete(zeroed, row, 0), np.delete(usual, row, 0))
+
+
+def test_a_frozen_row_gets_no_gradient_and_the_logits_are_the_same():
+    config = packs.random_config("qwen3", 0)
+    params, batch = packs.random_params(config), packs.random_rows(0, config, 1, T)
+    row = config.special_id("<im_patch>") - config.text.vocab_size
+
+    def grads(config):
+        model = molmo2.Molmo2(config, remat="none", attention="dense")
+        loss = lambda params: jnp.square(model.apply({"params": params}, batch)).sum()
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    (usual, free), (same, held) = grads(config), grads(frozen(config))
+    assert usual == same
+    free, held = (np.asarray(x["new_embedding"]) for x in (free, held))
+    assert np.abs(free[row]).max() > 0 and not held[row].any()
+    np.testing.assert_array_equal(np.delete(held, row, 0), np.delete(free, row, 0))
 
 
 def test_a_time_text_reaches_its_own_frame_but_no_earlier_one():
