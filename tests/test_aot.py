@@ -30,7 +30,7 @@ def run_apart(*command):
     """Returns status and output of a Python process: compiling for TPU changes settings of its own."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, *command], cwd=run.ROOT, env=environment, capture_output=True,
-                          text=True, timeout=1800, check=False)
+                          text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -95,7 +95,7 @@ def test_a_task_is_prepared_at_the_command_line(tmp_path):
         [sys.executable, "-m", "launch.prepare", "--task=chart_qa", f"--published={tmp_path}/a.parquet",
          f"--published={tmp_path}/b.jsonl", f"--exclude={tmp_path}/held_out.txt",
          f"--output={tmp_path}/charts"],
-        capture_output=True, text=True, check=False, timeout=300)
+        capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "27 records; left out: 14 rows, records or annotations, 13 of them by --exclude" in done.stdout
     assert "must have the column" in (tmp_path / "charts/left_out.txt").read_text()

@@ -213,7 +213,7 @@ def start(workdir):
     done = subprocess.run(
         [sys.executable, "-m", "launch.quickstart", f"--workdir={workdir}", "--examples_scale=0.001",
          *(f"--gin={binding}" for binding in SMALL)],
-        cwd=run.ROOT, env=environment, capture_output=True, text=True, timeout=290, check=False)
+        cwd=run.ROOT, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -153,7 +153,7 @@ def command(world, workdir, *flags):
 
 
 def finish(process, workdir):
-    assert process.wait(timeout=240) == 0, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
+    assert process.wait() == 0, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
 
 
 def losses(workdir):
@@ -186,10 +186,9 @@ def test_broken_records_are_skipped_and_counted_by_reason(world, uninterrupted):
 def test_a_run_killed_at_any_moment_and_started_again_repeats_every_loss(world, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
     killed = command(world, workdir, "--gin=pipeline.DataConfig.num_workers = 1")
-    until, lines = time.monotonic() + 240, random.SystemRandom().randrange(SAVE_EVERY, STEPS // 2)
+    lines = random.SystemRandom().randrange(SAVE_EVERY, STEPS // 2)
     while not (saved(workdir) and len(losses(workdir)) >= lines):
-        assert killed.poll() is None and time.monotonic() < until, (
-            pathlib.Path(f"{workdir}.log").read_text()[-3000:])
+        assert killed.poll() is None, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
         time.sleep(0.002)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
