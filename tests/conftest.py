@@ -21,10 +21,16 @@ def _processor() -> str:
 
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The cheapest machine code takes half the time to compile, and tests run a program once or twice.
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0"]).strip()
+    # The cheapest machine code, from the older emitters, takes a quarter of the time to compile, and tests run
+    # a program once or twice.
+    "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    # Devices that wait for each other on a busy machine would end the process after 40 s.
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=3000",
+    "--xla_cpu_collective_timeout_seconds=3000"]).strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # Where TensorFlow is installed (for seqio) it would look for gs:// in the cloud, not in the tests' memory.
 os.environ["EPATH_USE_TF"] = "false"

@@ -27,7 +27,7 @@ from molmo2_jax import metrics
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 STEPS, SAVE_EVERY = 24, 3
-ONE_DEVICE = "--xla_backend_optimization_level=0"  # one real device; most of the time is compilation
+ONE_DEVICE = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last word counts
 GIN = """
 from __gin__ import dynamic_registration
 from data_pipelines import pipeline
