@@ -23,8 +23,8 @@ def _processor() -> str:
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
-    # The cheapest machine code, from the older emitters, takes a quarter of the time to compile, and tests run
-    # a program once or twice.
+    # The cheapest machine code, from the older emitters, takes a quarter of the time to compile, and tests
+    # run a program once or twice.
     "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
     # Devices that wait for each other on a busy machine would end the process after 40 s.
