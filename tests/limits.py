@@ -26,7 +26,7 @@ _mark = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser):
-    parser.addini("hang_seconds", "seconds that a phase of a test may take", default="300")
+    parser.addini("hang_seconds", "seconds that a phase of a test may take", default="900")
 
 
 def pytest_configure(config):

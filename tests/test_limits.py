@@ -72,9 +72,9 @@ def test_a_test_that_hangs_in_native_code_ends_its_worker_and_the_others_run(tmp
     assert "1 failed, 5 passed" in out and not is_running(process)
 
 
-@pytest.mark.parametrize("marker, expected", [(None, 300), ((), 300), ((5,), 300), ((40,), 40 * limits.ROOM)])
+@pytest.mark.parametrize("marker, expected", [(None, 900), ((), 900), ((5,), 900), ((40,), 40 * limits.ROOM)])
 def test_the_limit_is_a_multiple_of_the_measured_cost(marker, expected):
     mark = None if marker is None else types.SimpleNamespace(args=marker)
     item = types.SimpleNamespace(get_closest_marker=lambda name: mark,
-                                 config=types.SimpleNamespace(getini=lambda name: "300"))
+                                 config=types.SimpleNamespace(getini=lambda name: "900"))
     assert limits.seconds(item) == expected

@@ -125,6 +125,7 @@ def test_training_picks_the_kernel_on_a_tpu_without_a_flag():
 
 
 @needs_libtpu
+@pytest.mark.slow(40)
 def test_the_compiled_decoder_runs_each_kernel_once_and_holds_nothing_quadratic():
     """Where remat keeps what the forward kernel gave, the compiler drops its second run."""
     length = 4096

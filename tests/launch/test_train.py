@@ -183,6 +183,7 @@ def test_broken_records_are_skipped_and_counted_by_reason(world, uninterrupted):
     assert skipped["line"] == 2 and skipped["media"] >= 2 and skipped["annotation"] >= 1
 
 
+@pytest.mark.slow(60)
 def test_a_run_killed_at_any_moment_and_started_again_repeats_every_loss(world, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
     killed = command(world, workdir, "--gin=pipeline.DataConfig.num_workers = 1")
