@@ -26,7 +26,7 @@ from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.inputs import video_file
 
 CPU_SECONDS = 10.0     # more is a hang
-WALL_SECONDS = 90.0    # then the reading process is killed: other work may be running on the same cores
+WALL_SECONDS = 240.0   # then the reading process is killed: other work may be running on the same cores
 MEMORY_MIB = 1024      # how much the reading process may grow
 ADDRESS_SPACE = 8 * 2**30
 

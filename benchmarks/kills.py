@@ -42,7 +42,8 @@ class Run:
 
     def xla_flags(self, count: int) -> str:
         """Returns the setting with which each of `count` processes holds its part of DEVICES devices."""
-        return (f"--xla_force_host_platform_device_count={DEVICES // count} "
+        return (f"{os.environ.get('XLA_FLAGS', '')} "
+                f"--xla_force_host_platform_device_count={DEVICES // count} "
                 "--xla_backend_optimization_level=0")  # most of the time is compilation
 
     def start(self, count: int) -> None:

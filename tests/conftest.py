@@ -1,44 +1,103 @@
-"""Every test runs on eight pretend CPU devices; set before anything imports jax."""
+"""Every test runs on eight pretend CPU devices, within a limit of time; set before anything imports jax."""
 
+import hashlib
 import os
 import pathlib
+import time
 
-_CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
+_ROOT = pathlib.Path(__file__).parent.parent
+_CACHES = _ROOT / ".pytest_cache" / "jax"
+_KEPT_DAYS = 14
+
+
+def _processor() -> str:
+    """Returns a name for what the processor can do: programs compiled for one may crash on another."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    abilities = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return hashlib.sha256("\n".join(abilities).encode()).hexdigest()[:12]
+
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The cheapest machine code takes half the time to compile, and tests run a program once or twice.
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0"]).strip()
+    # The cheapest machine code, from the older emitters, takes a quarter of the time to compile, and tests
+    # run a program once or twice.
+    "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    # Devices that wait for each other on a busy machine would end the process after 40 s.
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=3000",
+    "--xla_cpu_collective_timeout_seconds=3000"]).strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 # Where TensorFlow is installed (for seqio) it would look for gs:// in the cloud, not in the tests' memory.
 os.environ["EPATH_USE_TF"] = "false"
-# Programs compiled by an earlier run are read back: most of the suite's time is compilation.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+# Workers share the programs that they compile, and a later run reads them: most of the time is compilation.
+# Two workers may write one program at once: a reader that finds half of it cannot unpack it, and compiles.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHES / _processor()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
+import hypothesis
+import pytest
 from absl import flags
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read flags
 
-# Files that take longest, longest first: workers that start with them end together.
-SLOWEST = (
-    "hf/test_real_widths.py", "test_aot.py", "test_sharding.py", "test_train.py",
-    "launch/test_hosts.py", "test_decode.py", "launch/test_quickstart.py",
-    "test_optim.py", "test_generate.py", "attention/test_pallas_tpu.py", "launch/test_train.py",
-    "attention/test_compile_tpu.py", "hf/test_transformers.py", "test_checkpoint.py",
-    "attention/test_flash.py", "test_evaluate.py", "hf/test_shipped_model.py",
-    "launch/test_mains.py", "data_pipelines/test_pipeline.py", "attention/test_on_a_mesh.py",
-    "test_architecture.py")
+# A busy machine may take any time for an example, or to draw one.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
+
+pytest_plugins = ["tests.limits"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
 
 
 def pytest_configure(config):
-    if hasattr(config.option, "loadscopereorder"):  # xdist would start with the files of the most tests
-        config.option.loadscopereorder = False
+    config.left_out = 0
+    if not hasattr(config, "workerinput"):
+        _forget_old_programs()
 
 
-def pytest_collection_modifyitems(items):
-    root = pathlib.Path(__file__).parent
-    place = {root / name: number for number, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: place.get(item.path, len(place)))
+def _forget_old_programs() -> None:
+    oldest = time.time() - _KEPT_DAYS * 24 * 3600
+    for path in _CACHES.glob("**/*"):
+        if path.is_file() and path.stat().st_mtime < oldest:
+            path.unlink(missing_ok=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves slow tests out unless they are asked for, and begins with the files that cost most."""
+    from tests import limits  # pytest imports its plugins first
+    asked = config.option.slow or config.option.markexpr or any("::" in one for one in config.args)
+    slow = [] if asked else [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    config.left_out = len(slow)
+    costs = {}
+    for item in items:
+        costs[item.path] = costs.get(item.path, 0) + limits.cost(item)
+    items.sort(key=lambda item: -costs[item.path])
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    config = node.config
+    config.left_out = max(config.left_out, getattr(node, "workeroutput", {}).get("left_out", 0))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.left_out:
+        terminalreporter.write_line(
+            f"{config.left_out} slow tests were left out; `bash launch/test.sh --slow` runs them too")

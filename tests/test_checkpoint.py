@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
@@ -31,18 +32,22 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@functools.cache
+def abstract(model, tx, mesh=None):
+    """Returns state_lib.abstract, on one device by default; tracing the model again would take a second."""
+    return state_lib.abstract(model, tx, mesh or tiny.mesh())
+
+
 def random_state(step, model=MODEL, mesh=None):
     """Returns a state in which every bit matters; nothing is compiled to make it."""
     rng = np.random.default_rng(step)
-    abstract = state_lib.abstract(model, TX, mesh or tiny.mesh())
-
     def draw(leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(jax.random.fold_in(jax.random.key(7), step), leaf.sharding)
         values = rng.normal(size=leaf.shape) * 1e3 if leaf.dtype == np.float32 else np.full(leaf.shape, step)
         return jax.device_put(np.asarray(values, leaf.dtype), leaf.sharding)
 
-    return jax.tree.map(draw, abstract)
+    return jax.tree.map(draw, abstract(model, TX, mesh))
 
 
 @pytest.fixture
@@ -71,12 +76,12 @@ def save(manager, *steps):
 
 
 def assert_restores(manager, step, mesh=None):
-    abstract, batches = state_lib.abstract(MODEL, TX, mesh or tiny.mesh()), tiny.Batches()
-    restored = manager.restore(abstract, batches)
+    wanted, batches = abstract(MODEL, TX, mesh), tiny.Batches()
+    restored = manager.restore(wanted, batches)
     assert_equal(bits(restored), bits(random_state(step)))
     assert batches.get_state() == {"next": 10 * step}
-    for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(abstract), strict=True):
-        assert leaf.dtype == wanted.dtype and leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+    for leaf, like in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert leaf.dtype == like.dtype and leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
     return restored
 
 
@@ -128,7 +133,7 @@ def test_other_errors_are_not_put_on_the_disk(tmp_path):
 
 
 def test_moments_move_between_the_devices_and_the_hosts_memory(manager):
-    saved, there = random_state(1), state_lib.abstract(MODEL, optim.offloaded(TX), tiny.mesh())
+    saved, there = random_state(1), abstract(MODEL, optim.offloaded(TX))
     one = manager()
     one.save(1, saved, batches_at(10))
     one.wait()
@@ -137,7 +142,7 @@ def test_moments_move_between_the_devices_and_the_hosts_memory(manager):
     assert {x.sharding.memory_kind for x in jax.tree.leaves(moved.opt_state) if x.ndim} == {"pinned_host"}
     one.save(2, moved._replace(step=saved.step + 1), batches_at(20))
     one.wait()
-    back = one.restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches())
+    back = one.restore(abstract(MODEL, TX), tiny.Batches())
     assert int(back.step) == 2
     assert_equal(back.opt_state, saved.opt_state)
     assert {x.sharding.memory_kind for x in jax.tree.leaves(back.opt_state)} == {"device"}
@@ -171,7 +176,7 @@ def test_the_data_position_of_another_number_of_processes_is_handed_over_whole(m
     (folder / "process_0-of-1.crc32").rename(folder / "process_0-of-2.crc32")
     (folder / "process_1-of-2.json").write_text('{"next": 30}')
     batches = SharedBatches()
-    manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), batches)
+    manager().restore(abstract(MODEL, TX), batches)
     assert batches.get_state() == {"next": 30}
 
 
@@ -182,7 +187,7 @@ def test_only_the_newest_are_kept(manager):
 
 
 def test_an_empty_folder_has_nothing_to_restore(manager):
-    assert manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches()) is None
+    assert manager().restore(abstract(MODEL, TX), tiny.Batches()) is None
 
 
 def test_a_state_of_another_model_is_refused_with_every_path_that_differs(manager):
@@ -190,7 +195,7 @@ def test_a_state_of_another_model_is_refused_with_every_path_that_differs(manage
     text = dataclasses.replace(tiny.MODEL.text, mlp_width=20)
     other = molmo2.Molmo2(dataclasses.replace(tiny.MODEL, text=text))
     with pytest.raises(ValueError, match="checkpoint 1 must fit") as raised:
-        manager().restore(state_lib.abstract(other, TX, tiny.mesh()), tiny.Batches())
+        manager().restore(abstract(other, TX), tiny.Batches())
     lines = str(raised.value).splitlines()[1:]
     assert len(lines) == 3 * 3  # three kernels, each with two moments
     assert sum("params/text/layers/mlp/down/kernel: saved ((2, 16, 12), 'float32'), wanted ((2, 20, 12)"
@@ -266,7 +271,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(manager, tm
     for step in "12":
         damage(tmp_path / "checkpoints" / step / "state")
     with pytest.raises(ValueError, match=r"none among \[1, 2\] in .*move that folder away"):
-        manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches())
+        manager().restore(abstract(MODEL, TX), tiny.Batches())
     assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
@@ -275,7 +280,7 @@ def test_a_run_whose_checkpoints_are_all_incomplete_does_not_start_anew_either(m
     forget(tmp_path / "checkpoints" / "1" / "data")
     empty(tmp_path / "checkpoints" / "2")
     with pytest.raises(ValueError, match=r"none among \[1, 2\] in .*move that folder away"):
-        manager().restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches())
+        manager().restore(abstract(MODEL, TX), tiny.Batches())
 
 
 def test_a_save_that_was_killed_leaves_no_step_behind(manager, tmp_path):
@@ -309,7 +314,7 @@ def test_parameters_alone_are_not_continued(tmp_path, caplog):
     checkpoint.save_params(str(tmp_path), random_state(1).params)
     manager = checkpoint.Manager(str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert manager.restore(state_lib.abstract(MODEL, TX, tiny.mesh()), tiny.Batches()) is None
+        assert manager.restore(abstract(MODEL, TX), tiny.Batches()) is None
     assert "incomplete" in caplog.text
     manager.close()
 

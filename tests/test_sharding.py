@@ -140,6 +140,12 @@ def on_one_device(start):
 # over 4 devices, 4 crops not over 8: such axes are left out there, and nothing else changes.
 MESHES = [(2, 1, 1, 1), (8, 1, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (1, 1, 4, 1), (1, 1, 1, 8), (2, 1, 2, 1),
           (1, 2, 2, 1), (2, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2)]
+QUICK = ((1, 1, 4, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2))  # every axis, and both that are left out
+
+
+def compiled(meshes):
+    """Returns the meshes as parameters of tests that compile a step for each."""
+    return [mesh if mesh in QUICK else pytest.param(mesh, marks=pytest.mark.slow(11)) for mesh in meshes]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -156,7 +162,7 @@ def on_mesh(start):
     return functools.cache(lambda *sizes: loss_and_gradients(start, tiny.mesh(*sizes)))
 
 
-@pytest.mark.parametrize("sizes", MESHES)
+@pytest.mark.parametrize("sizes", compiled(MESHES))
 def test_loss_and_gradients_on_a_mesh_are_those_on_one_device(sizes, on_mesh, on_one_device):
     measured, grads, *_ = on_mesh(*sizes)
     for name, value in on_one_device[0].items():
@@ -176,7 +182,7 @@ def test_constraints_are_emitted_on_a_mesh_and_only_there(on_mesh, on_one_device
 
 
 # Meshes that keep weights in parts; on (2, 2, 1, 2) activations of the connector have the shape of a stack.
-@pytest.mark.parametrize("sizes", [s for s in MESHES if s[1] * s[3] > 1 and s != (2, 2, 1, 2)])
+@pytest.mark.parametrize("sizes", compiled(s for s in MESHES if s[1] * s[3] > 1 and s != (2, 2, 1, 2)))
 def test_no_stack_of_layers_is_gathered_whole(sizes, on_mesh):
     """The scan over layers gathers one layer at a time, so no collective sees the leading axis of a stack."""
     stacks = {",".join(map(str, leaf.shape))

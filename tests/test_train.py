@@ -247,6 +247,7 @@ def stop_behind(batches, step, monkeypatch):
     monkeypatch.setattr(type(batches), "__next__", next_batch)
 
 
+@pytest.mark.slow(40)
 def test_a_resumed_run_over_videos_equals_an_uninterrupted_one_bit_for_bit(
         video_batches, tmp_path, monkeypatch):
     results = []

@@ -77,6 +77,7 @@ def test_kernels_compile_for_every_chip_and_head_size(topology, head_dim):
 
 
 @needs_libtpu
+@pytest.mark.slow(35)
 def test_temporary_memory_grows_with_the_length_and_no_faster():
     """At 16,384 tokens the dense mask of one row would take 256 MiB per byte of an entry, scores 32 GiB."""
     sizes = [compiled_attention("v5p:2x2x1", length, 32, 8, 128)[0].memory_analysis().temp_size_in_bytes
@@ -114,6 +115,7 @@ FORWARD, BACKWARD = "tree_attention", "tree_attention_gradients"
 
 
 @needs_libtpu
+@pytest.mark.slow(15)
 def test_training_picks_the_kernel_on_a_tpu_without_a_flag():
     """The rest, with which a flag leaves the decoder, is attention among the patches of a crop."""
     without_a_flag, with_it = (collections.Counter(kernels(lowered_train_step(mesh("v5e:2x2"), **fields)))
@@ -123,6 +125,7 @@ def test_training_picks_the_kernel_on_a_tpu_without_a_flag():
 
 
 @needs_libtpu
+@pytest.mark.slow(40)
 def test_the_compiled_decoder_runs_each_kernel_once_and_holds_nothing_quadratic():
     """Where remat keeps what the forward kernel gave, the compiler drops its second run."""
     length = 4096

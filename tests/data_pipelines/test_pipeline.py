@@ -306,6 +306,7 @@ def worker_pids():
     return [child.pid for child in multiprocessing.active_children()]
 
 
+@pytest.mark.slow(25)
 def test_workers_change_nothing_and_one_that_is_killed_is_replaced(make, expected):
     iterator = make(num_workers=2, prefetch=1)
     iterator.set_state(json.loads(json.dumps(expected[1][1])))  # of a run without workers
@@ -328,6 +329,7 @@ class DeadlyPreparer(preparation.Preparer):
         return super().prepare(example, member, rng)
 
 
+@pytest.mark.slow(20)
 def test_a_record_that_kills_its_process_is_found_and_skipped(folder, tokenizer, monkeypatch):
     monkeypatch.setattr(stream, "_DEATHS", 1)
     dataset = pipeline.make_dataset(data_config(folder, num_workers=1), MODEL, INPUTS, tokenizer)

@@ -171,7 +171,7 @@ def test_a_task_is_prepared_at_the_command_line(tmp_path):
         [sys.executable, "-m", "launch.prepare", "--task=chart_qa", f"--published={tmp_path}/a.parquet",
          f"--published={tmp_path}/b.jsonl", f"--exclude={tmp_path}/held_out.txt",
          f"--output={tmp_path}/charts"],
-        capture_output=True, text=True, check=False, timeout=300)
+        capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "27 records; left out: 14 rows, records or annotations, 13 of them by --exclude" in done.stdout
     assert "--exclude: 1 of 2 names match no medium of these rows: 'other'\n" in done.stdout

@@ -36,7 +36,7 @@ def shallow(preset):
         connector=dataclasses.replace(config.connector, taps=(1, 0)))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(75)
 @pytest.mark.parametrize("preset", ["molmo2_4b", "molmo2_8b", "molmo2_o_7b"])
 def test_logits_at_real_widths_equal_those_of_transformers(preset, tmp_path):
     config = shallow(preset)

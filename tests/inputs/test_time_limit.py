@@ -1,7 +1,6 @@
 """A call that hangs is cut; what is fast, fails or follows is not touched."""
 
 import threading
-import time
 
 import pytest
 
@@ -24,12 +23,10 @@ def test_calls_share_a_thread_that_is_not_the_callers():
 
 def test_a_call_that_hangs_is_left_behind():
     free, helper = threading.Event(), time_limit.within(60, threading.current_thread, LATE)
-    start = time.monotonic()
     with pytest.raises(TimeoutError, match="too late"):
-        time_limit.within(0.05, free.wait, LATE)
-    assert time.monotonic() - start < 30
+        time_limit.within(0.05, free.wait, LATE)  # which ends only after what follows
     assert time_limit.within(60, lambda: "next", LATE) == "next"
     assert time_limit.within(60, threading.current_thread, LATE) is not helper
     free.set()
-    helper.join(30)
+    helper.join()
     assert not helper.is_alive()

@@ -157,7 +157,7 @@ def test_a_file_to_write_is_refused_before_the_work(tmp_path):
 def test_help_explains_the_command_and_its_flags(tmp_path):
     done = subprocess.run([sys.executable, "-m", "launch.train", "--help"], cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(run.ROOT)}, capture_output=True,
-                          text=True, timeout=280, check=False)
+                          text=True, check=False)
     assert done.returncode == 0, done.stderr
     for words in ("python -m launch.train --gin_file=", "--gin: One binding", "--workdir: Folder of"):
         assert words in done.stdout

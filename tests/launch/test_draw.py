@@ -5,8 +5,7 @@ from data_pipelines import sources
 
 
 def _draw(*flags):
-    return subprocess.run([sys.executable, "-m", "launch.draw", *flags], capture_output=True, text=True,
-                          timeout=120)
+    return subprocess.run([sys.executable, "-m", "launch.draw", *flags], capture_output=True, text=True)
 
 
 def test_a_drawn_folder_is_read_like_any_other(tmp_path):

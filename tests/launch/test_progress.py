@@ -43,13 +43,13 @@ def test_the_time_is_written_down_while_a_step_runs(tmp_path, monkeypatch):
     seen = []
 
     def work():
-        deadline = time.monotonic() + 10
-        while not (tmp_path / progress.NAME).exists() and time.monotonic() < deadline:
+        while not (tmp_path / progress.NAME).exists():
             time.sleep(0.01)
         seen.append(json.loads((tmp_path / progress.NAME).read_text())["seconds"]["train"])
 
+    start = time.monotonic()
     progress.Progress(tmp_path, 1).run("train", "training", "a", work)
-    assert 0 < seen[0] < 10
+    assert 0 < seen[0] < time.monotonic() - start
 
 
 def test_the_peak_of_memory_outlives_the_process_that_had_it(tmp_path):

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import re
 import subprocess
 
 import pytest
@@ -11,8 +12,7 @@ def bash(script, path=None):
     environment = os.environ | ({"PATH": str(path)} if path else {})
     environment.pop("MOLMO2_PYTHON", None)
     return subprocess.run(["/bin/bash", "-c", f"set -euo pipefail\nsource {ROOT}/launch/environment.sh\n"
-                           + script], env=environment, capture_output=True, text=True, timeout=60,
-                          check=False)
+                           + script], env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_step_passes_the_exit_status_of_its_command_on():
 
 def test_a_step_says_how_long_it_took():
     done = bash('step "sleeping" true')
-    assert done.returncode == 0 and "== done in 0 s" in done.stdout
+    assert done.returncode == 0 and re.search(r"^== done in \d+ s$", done.stdout, re.MULTILINE)
 
 
 def test_a_missing_python_is_one_sentence(commands):

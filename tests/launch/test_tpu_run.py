@@ -49,6 +49,7 @@ case "$what" in
       run=(env -u MOLMO2_PYTHON "HOME=$folder" "WORKER=${folder##*/}" bash -c "$command")
       if [[ "$command" == *attach* && "$worker" == 1 ]] && rm "$CLOUD/drop" 2>/dev/null; then
         (cd "$folder" && timeout 0.7 "${run[@]}")
+        touch "$CLOUD/dropped"
         exit 255
       fi
       (cd "$folder" && "${run[@]}") || exit $?
@@ -83,7 +84,7 @@ class Cloud:
             (folder / "bin" / name).write_text(text)
             (folder / "bin" / name).chmod(0o755)
         self.environment = os.environ | {
-            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CLOUD": str(folder), "STOP_SECONDS": "5",
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CLOUD": str(folder), "STOP_SECONDS": "120",
             "TPU_RUN_POLL_SECONDS": "0.1", "MOLMO2_PYTHON": sys.executable}
 
     def start(self, *arguments):
@@ -93,7 +94,7 @@ class Cloud:
 
     def run(self, *arguments):
         process = self.start(*arguments)
-        process.out, process.err = process.communicate(timeout=90)
+        process.out, process.err = process.communicate()
         return process
 
     def job(self, shell, *arguments):
@@ -161,14 +162,14 @@ def test_a_script_that_is_ended_leaves_the_job_running_and_another_call_follows_
     first = cloud.start(*SLICE, "--", "bash", "-c", shell)
     wait_for(lambda: begun.exists() and len(begun.read_text().split()) == 4)
     first.send_signal(signal.SIGTERM)
-    _, error = first.communicate(timeout=30)
+    _, error = first.communicate()
     assert first.returncode == 1 and "the command goes on" in error
     status = cloud.run("status", "--name=job")  # the rest was written down
     assert status.out.split() == ["running", "running"]
     second = cloud.start(*SLICE, "--", "bash", "-c", shell)
     wait_for(lambda: len(cloud.calls("attach")) >= 4)
     (cloud.folder / "ready").touch()
-    out, error = second.communicate(timeout=60)
+    out, error = second.communicate()
     assert second.returncode == 0, error
     assert "runs already" in error and "[job/1] began 1" in out and "[job/1] end" in out
     assert sorted(begun.read_text().split()) == ["0", "1", "began", "began"]  # once each
@@ -180,7 +181,7 @@ def test_stop_lets_the_job_save_and_a_script_that_follows_it_ends(cloud):
     process = cloud.start(*SLICE, "--", "bash", "-c", shell)
     wait_for(lambda: (cloud.folder / "on0").exists() and (cloud.folder / "on1").exists())
     stopped = cloud.run("stop", *WHERE)
-    _, error = process.communicate(timeout=30)
+    _, error = process.communicate()
     assert process.returncode == 1 and "the command was stopped" in error and "wants to go on" not in error
     assert stopped.returncode == 0 and stopped.out.split() == ["stopped", "stopped"]
     assert (cloud.folder / "saved").read_text().split() == ["saved", "saved"]
@@ -188,10 +189,8 @@ def test_stop_lets_the_job_save_and_a_script_that_follows_it_ends(cloud):
     assert cloud.run("delete", *WHERE).returncode == 0 and not (cloud.folder / "machines").exists()
 
 
-def wait_for(condition, seconds=60):
-    until = time.monotonic() + seconds
+def wait_for(condition):
     while not condition():
-        assert time.monotonic() < until
         time.sleep(0.05)
 
 
@@ -223,8 +222,10 @@ def test_a_missing_quota_is_one_sentence(cloud):
 PREEMPTED = (
     'echo "$WORKER" >>"$CLOUD/began"; '
     'if [[ $WORKER == 1 ]] && mv "$CLOUD/preempt" "$CLOUD/done" 2>/dev/null; then '
-    'sleep 1; echo SUSPENDED >"$CLOUD/states"; rm -rf "$CLOUD/machines"; fi; '
-    '[[ -d $HOME/job ]] || kill -9 $$; sleep 2; [[ -d $HOME/job ]] || kill -9 $$; echo finished')
+    'until [[ $(wc -l <"$CLOUD/began") == 2 && $(cat "$CLOUD"/machines/*/*/job/job/pid | wc -l) == 2 ]]; do '
+    'sleep 0.1; done; echo SUSPENDED >"$CLOUD/states"; rm -rf "$CLOUD/machines"; touch "$CLOUD/taken"; fi; '
+    'until [[ -f "$CLOUD/taken" ]]; do sleep 0.1; done; '
+    '[[ $(readlink /proc/$$/cwd) != *deleted* ]] || kill -9 0; echo finished')
 
 
 def test_spot_machines_taken_away_in_the_middle_are_asked_for_again(cloud):
@@ -247,7 +248,8 @@ def test_without_spot_lost_machines_end_the_script(cloud):
 
 def test_a_dropped_connection_is_made_again_and_no_line_is_lost_or_repeated(cloud):
     (cloud.folder / "drop").touch()
-    done = cloud.job('for i in 1 2 3 4 5 6; do echo "line $i"; sleep 0.3; done')
+    done = cloud.job('for i in 1 2 3; do echo "line $i"; done; until test -f "$CLOUD/dropped"; do '
+                     'sleep 0.1; done; for i in 4 5 6; do echo "line $i"; done')
     assert done.returncode == 0, done.err
     assert "the connection to job/1 broke" in done.err
     for worker in "01":
@@ -262,7 +264,8 @@ def test_a_command_that_saved_is_started_again_on_the_same_machines(cloud):
 
 
 def test_a_command_that_fails_stops_the_others_and_its_status_is_passed_on(cloud):
-    shell = '[[ $WORKER == 1 ]] && exit 3; trap "exit 75" TERM; while true; do sleep 0.1; done'
+    shell = ('trap "exit 75" TERM; touch "$CLOUD/on$WORKER"; '
+             'while true; do [[ $WORKER == 1 && -f "$CLOUD/on0" ]] && exit 3; sleep 0.1; done')
     done = cloud.job(shell)
     assert done.returncode == 3 and "failed with status 3" in done.err
     assert cloud.run("status", *WHERE).out.splitlines() == ["ended 75", "ended 3"]
@@ -384,7 +387,8 @@ def test_local_processes_know_their_number(cloud):
 
 
 def test_a_local_process_that_fails_ends_the_others(cloud):
-    shell = '[[ $MOLMO2_HOSTS == *,1 ]] && exit 3; trap "exit 75" TERM; while true; do sleep 0.1; done'
+    shell = ('trap "exit 75" TERM; touch "$CLOUD/on${MOLMO2_HOSTS##*,}"; '
+             'while true; do [[ $MOLMO2_HOSTS == *,1 && -f "$CLOUD/on0" ]] && exit 3; sleep 0.1; done')
     done = cloud.run("--local=2", "--", "bash", "-c", shell)
     assert done.returncode == 3 and "process 0 ended with status 75" in done.err
 
@@ -394,7 +398,7 @@ def test_sigterm_reaches_local_processes_which_save(cloud):
     process = cloud.start("--local=2", "--", "bash", "-c", shell)
     wait_for(lambda: (cloud.folder / "on0").exists() and (cloud.folder / "on1").exists())
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate()
     assert process.returncode == 75
 
 

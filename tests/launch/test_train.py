@@ -29,7 +29,7 @@ from molmo2_jax import metrics
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 STEPS, SAVE_EVERY = 24, 3
-ONE_DEVICE = "--xla_backend_optimization_level=0"  # one real device; most of the time is compilation
+ONE_DEVICE = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last word counts
 GIN = """
 from __gin__ import dynamic_registration
 from data_pipelines import pipeline
@@ -155,7 +155,7 @@ def command(world, workdir, *flags, **how):
 
 
 def finish(process, workdir):
-    assert process.wait(timeout=240) == 0, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
+    assert process.wait() == 0, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
 
 
 def losses(workdir):
@@ -185,13 +185,13 @@ def test_broken_records_are_skipped_and_counted_by_reason(world, uninterrupted):
     assert skipped["line"] == 2 and skipped["media"] >= 2 and skipped["annotation"] >= 1
 
 
+@pytest.mark.slow(60)
 def test_a_run_killed_at_any_moment_and_started_again_repeats_every_loss(world, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
     killed = command(world, workdir, "--gin=pipeline.DataConfig.num_workers = 1")
-    until, lines = time.monotonic() + 240, random.SystemRandom().randrange(SAVE_EVERY, STEPS // 2)
+    lines = random.SystemRandom().randrange(SAVE_EVERY, STEPS // 2)
     while not (saved(workdir) and len(losses(workdir)) >= lines):
-        assert killed.poll() is None and time.monotonic() < until, (
-            pathlib.Path(f"{workdir}.log").read_text()[-3000:])
+        assert killed.poll() is None, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
         time.sleep(0.002)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
