@@ -5,8 +5,9 @@
 Ctrl-C and SIGTERM save and end the run with status 75; the same command continues it with the next
 batch. The work directory receives checkpoints, metrics.jsonl, TensorBoard files, the tokenizer and
 config.gin, the record of every setting. Paths in flags are relative to the current folder, paths in
-configurations to the root of the repository. hosts/<index>.json says how each process ended; SIGUSR1 makes
-one print where all its threads stand. docs/training.md tells what else a run writes and watches.
+configurations to the root of the repository (of an installed package, to the current folder).
+hosts/<index>.json says how each process ended; SIGUSR1 makes one print the stacks of all its threads.
+docs/training.md describes what else a run writes and watches.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from data_pipelines import pipeline
 from launch import cli
 from launch import hosts
 from launch import notices
+from launch import places
 from launch import record
 from launch import run
 from launch import trained
@@ -82,8 +84,9 @@ def fit(config: run.RunConfig, workdir: pathlib.Path, params=None,
     `params` is where to start, if not from scratch. The work directory (absolute) also receives the
     tokenizer, the record of all settings, and counts of what was read.
     """
-    with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
-        tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer, config.model.text.vocab_size)
+    with contextlib.chdir(places.base()):  # paths in configurations are relative to it
+        tokenizer = tokenizers.Tokenizer.from_file(
+            places.model(config.tokenizer), config.model.text.vocab_size)
         mesh = sharding.make_mesh(config.mesh)
         share, shares = sharding.row_share(mesh)
         batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer,
