@@ -74,9 +74,9 @@ def resolve(
     return run_config
 
 
-def _parse(gin_files: Iterable[str | pathlib.Path], bindings: Sequence[str]) -> None:
+def _parse(files: Iterable[str | pathlib.Path], bindings: Sequence[str]) -> None:
     """Fills gin's configuration; ValueError for whatever does not parse."""
-    gin_files = [str(path) for path in gin_files]
+    gin_files = list(map(str, files))
     for path in gin_files:
         _check_file(path, ())
     _check_includes("\n".join(bindings), ())

@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
 
 def _keep_programs() -> None:
     """Makes jax keep programs that took a second or more to compile, and read them back."""
-    if _COMPILATION_CACHE.value and not jax.config.jax_compilation_cache_dir:
+    if _COMPILATION_CACHE.value and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         folder = _COMPILATION_CACHE.value
         folder = folder if files.is_remote(folder) else str(pathlib.Path(folder).expanduser())
         jax.config.update("jax_compilation_cache_dir", folder)

@@ -29,7 +29,7 @@ def spoken(workdir: str | os.PathLike):
         yield
     except SystemExit as end:
         kind = "failed" if isinstance(end.code, str) else "stopped" if end.code else "finished"
-        say(workdir, kind, f"exit status {end.code}" if kind == "stopped" else end.code or "")
+        say(workdir, kind, f"exit status {end.code}" if kind == "stopped" else str(end.code or ""))
         raise
     except BaseException as error:
         say(workdir, "failed", "".join(traceback.format_exception(error)))

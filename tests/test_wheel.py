@@ -17,7 +17,7 @@ import molmo2_jax
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDERS = ("molmo2_jax", "data_pipelines", "launch", "gin_configs", "assets", "benchmarks", "docs", "tests",
            ".ci")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow(45)   # seconds
 
 
 def run(*command, cwd, **environment):

@@ -131,7 +131,7 @@ def _tree(crops: types.Crops, branches: list[_Encoded], tokenizer, length_factor
         length = len(branch.ids)
         weight = _weight(branch.weight, int(branch.is_learnt.sum()), len(branches), length_factor)
         tokens.append(branch.ids)
-        targets += [branch.ids[1:], [tokenizer.eos_id]]
+        targets += [branch.ids[1:], np.array([tokenizer.eos_id])]
         weights.append(np.append(branch.is_learnt[1:], True) * np.float32(weight))
         positions.append(np.arange(len(root), len(root) + length))
         branch_ids.append(np.full(length, number))
