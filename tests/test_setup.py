@@ -97,7 +97,8 @@ def test_every_import_of_the_packages_is_required(metadata):
 
 def test_the_version_is_the_packages_and_the_newest_of_the_changelog(metadata):
     assert metadata["version"] == molmo2_jax.__version__
-    releases = re.findall(r"^## \[(\d.*)\] - ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    releases = re.findall(r"^## \[(\d.*)\] - ", text, re.MULTILINE)
     assert releases[0] == molmo2_jax.__version__
 
 
