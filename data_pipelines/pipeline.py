@@ -231,6 +231,7 @@ class BatchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
 
 class _HostIterator(grain.DatasetIterator):
     """Yields the rows of this host. After an exception it stands where it stood behind the last batch."""
+    _closed: bool    # grain's
 
     def __init__(self, batches: Batches):
         super().__init__()

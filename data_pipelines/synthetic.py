@@ -203,9 +203,10 @@ def _sample_shapes(rng, config: WorldConfig, times, size) -> tuple[synthetic_sce
             if centres is None:
                 break
             tint = rng.integers(-12, 13, 3)
-            rgb = tuple(int(v) for v in np.clip(np.array(synthetic_scene.COLOURS[colour]) + tint, 0, 255))
-            shapes.append(synthetic_scene.Shape(kind=kind, colour=colour, rgb=rgb, radius=radius,
-                                                angle=rng.uniform(-0.15, 0.15), centres=centres))
+            red, green, blue = np.clip(np.array(synthetic_scene.COLOURS[colour]) + tint, 0, 255).tolist()
+            shapes.append(synthetic_scene.Shape(kind=kind, colour=colour, rgb=(red, green, blue),
+                                                radius=radius, angle=rng.uniform(-0.15, 0.15),
+                                                centres=centres))
         if len(shapes) == number:
             return tuple(shapes)
         shrink *= 0.7
@@ -304,7 +305,7 @@ def encode(path: str | os.PathLike, images, ticks, tick: fractions.Fraction, gop
         for image, start, end in zip(images, ticks[:-1], ticks[1:]):
             if stream is None:
                 stream = container.add_stream("libx264", rate=1 / (2 * tick), options=ENCODER_OPTIONS)
-                stream.height, stream.width, stream.pix_fmt = *image.shape[:2], "yuv420p"
+                (stream.height, stream.width), stream.pix_fmt = image.shape[:2], "yuv420p"
                 stream.gop_size = gop
                 stream.thread_count = 1
                 stream.codec_context.time_base = tick
@@ -320,7 +321,8 @@ def make_example(folder: str, config: WorldConfig, seed: int, split: str, has_ma
     entropy = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(split.encode()), index))
     rng = np.random.default_rng(entropy)
     draw = rng.random()
-    sides = [int(side) // 2 * 2 for side in rng.integers(config.frame_side[0], config.frame_side[1] + 1, 2)]
+    width, height = rng.integers(config.frame_side[0], config.frame_side[1] + 1, 2).tolist()
+    sides = (width // 2 * 2, height // 2 * 2)
     is_video = draw >= config.image_share + config.image_set_share
     if is_video:
         ticks, tick, gop = _sample_times(rng, config)

@@ -4,6 +4,7 @@ G observed times, K shapes, H x W pixels. A still is a scene observed at one tim
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -124,17 +125,17 @@ class Asker:
         phrases = list(self.members)
         if kind in ("points", "count"):
             make = self._points if kind == "points" else self._count
-            asked = [lambda p=p: make(p) for p in phrases]
+            asked: list[Callable[[], dict | None]] = [functools.partial(make, p) for p in phrases]
             if self.rng.random() < self.config.absent_share:
                 asked.append(lambda: make(self._absent_phrase()))
             return asked
         if kind == "tracks":
-            return [lambda p=p: self._tracks(p) for p in phrases]
+            return [functools.partial(self._tracks, p) for p in phrases]
         if kind == "caption":
             return [self._caption]
-        asked = [lambda s=s, ask=ask: ask(s, kind == "choice")
+        asked = [functools.partial(ask, s, kind == "choice")
                  for s in self._shapes() for ask in (self._colour, self._kind, self._place, self._motion)]
-        return asked + [lambda p=p: self._how_many(p, kind == "choice") for p in phrases]
+        return asked + [functools.partial(self._how_many, p, kind == "choice") for p in phrases]
 
     def _shapes(self) -> list[tuple[int, int, int]]:
         return [(n, k, int(self.starts[n]) + k + 1) for n, o in enumerate(self.observations)

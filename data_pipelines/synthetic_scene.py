@@ -84,7 +84,7 @@ def background(rng: np.random.Generator, height: int, width: int, texture: float
     image = np.broadcast_to(colour, (height, width, 3)).astype(np.float32)
     if texture > 0:
         cells = rng.uniform(-60 * texture, 60 * texture, (rng.integers(3, 7), rng.integers(3, 7)))
-        blotches = Image.fromarray(cells.astype(np.float32)).resize((width, height), Image.BICUBIC)
+        blotches = Image.fromarray(cells.astype(np.float32)).resize((width, height), Image.Resampling.BICUBIC)
         grain = rng.integers(0, 5, (height, width), dtype=np.int8) * np.float32(texture)
         image = image + (np.asarray(blotches) + grain)[..., None]
     return np.clip(image, 0, 255).astype(np.uint8)

@@ -19,7 +19,7 @@ from absl import flags
 from data_pipelines import checking
 from data_pipelines import sources
 from launch import cli
-from launch import run
+from launch import places
 from molmo2_jax import config
 from molmo2_jax.hf import checkpoint as hf_checkpoint
 from molmo2_jax.inputs import tokenizer as tokenizers
@@ -28,7 +28,7 @@ _MEDIA = flags.DEFINE_bool("media", True, "Open every video and image.")
 for _name in ("data", "traceback"):
     flags.declare_key_flag(_name)
 
-_MODEL = run.ROOT / "assets/nano"  # small pictures; whether files can be read depends on no model
+_MODEL = places.SHIPPED / "assets/nano"  # small pictures; whether files can be read depends on no model
 
 
 def main(arguments: list[str]) -> None:

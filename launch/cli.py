@@ -15,12 +15,13 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from launch import places
 from launch import record
 from launch import run
 from molmo2_jax import files
 
 _GIN_FILE = flags.DEFINE_multi_string(
-    "gin_file", [], "File that describes the run, relative to the root of the repository; later ones win. "
+    "gin_file", [], "File that describes the run, such as gin_configs/runs/quickstart.gin; later ones win. "
     "Default, of commands with --workdir: the config.gin in there")
 _GIN = flags.DEFINE_multi_string(
     "gin", [], "One binding that wins over the files, such as "
@@ -118,8 +119,8 @@ def no_arguments(arguments: list[str]) -> None:
 
 
 def located(path: str) -> str:
-    """Returns the path of a gin file, from the root of the repository or absolute."""
-    return path if (run.ROOT / path).exists() else str(pathlib.Path(path).absolute())
+    """Returns the path of a gin file: as given if run.resolve finds it, else absolute."""
+    return path if places.gin_file(path) else str(pathlib.Path(path).absolute())
 
 
 def gin_files() -> list[str]:
@@ -170,7 +171,7 @@ def _is_users_mistake(error: Exception) -> bool:
     if isinstance(error, OSError) and error.filename is not None:
         return True
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    return any(raised_in.is_relative_to(run.ROOT / package)
+    return any(raised_in.is_relative_to(places.PACKAGES / package)
                for package in ("molmo2_jax", "data_pipelines", "launch"))
 
 

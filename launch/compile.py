@@ -49,18 +49,14 @@ def main(arguments: list[str]) -> None:
     config = cli.resolve("data", *(("optim", "train") if _WHAT.value == "train" else ()))
     aot.prepare()
     if _WHAT.value == "generate":
-        report = aot_generate.compile_answers(config.model, config.data.shape(config.model), _TOPOLOGY.value,
-                                              new_tokens=cli.MAX_NEW_TOKENS.value, dtype=cli.DTYPE.value)
-    elif _FIT.value:
-        report = fit(config, _TOPOLOGY.value, _SLICES.value)
+        answers = aot_generate.compile_answers(config.model, config.data.shape(config.model), _TOPOLOGY.value,
+                                               new_tokens=cli.MAX_NEW_TOKENS.value, dtype=cli.DTYPE.value)
+        result = as_dict(answers)
+        print(answers_table(answers))
     else:
-        report = compile_one(config, _TOPOLOGY.value, _SLICES.value)
-    result = as_dict(report)
-    if _WHAT.value == "train":
-        result["gin"] = bindings(report, with_remat=_FIT.value)
+        report = (fit if _FIT.value else compile_one)(config, _TOPOLOGY.value, _SLICES.value)
+        result = as_dict(report) | {"gin": bindings(report, with_remat=_FIT.value)}
         print(table(report), f"for launch.train           {shown(result['gin'])}", sep="\n")
-    else:
-        print(answers_table(report))
     if cli.OUTPUT.value:
         pathlib.Path(cli.OUTPUT.value).write_text(files.to_json(result, indent=1), encoding="utf-8")
 

@@ -20,6 +20,7 @@ import sys
 from absl import flags
 
 from launch import cli
+from launch import places
 from launch import record
 from launch import run
 from launch import trained
@@ -87,7 +88,7 @@ def assemble() -> None:
 
 
 def verify() -> None:
-    folder, original = _given(_HF), None
+    folder, original = pathlib.Path(places.model(str(_given(_HF)))), None
     if not folder.is_dir():
         raise ValueError(f"--hf must be a folder; got {folder}")
     if _AGAINST.value:

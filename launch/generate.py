@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> None:
     answerer = generate.Answerer(
         source.params, source.model, source.inputs, source.tokenizer, sampling=sampling, stop=_STOP.value,
         max_new_tokens=cli.MAX_NEW_TOKENS.value, dtype=cli.DTYPE.value, cache_dtype=_CACHE_DTYPE.value)
-    media = {"video": _VIDEO.value, "images": tuple(_IMAGE.value)}
-    example = types.Example(annotations=(), **media)
+    video, images = _VIDEO.value, tuple(_IMAGE.value)
+    example = types.Example(annotations=(), video=video, images=images)
     if _STREAM.value:
         answers = show(answerer.stream(example, _PROMPT.value), _PROMPT.value)
     else:
@@ -66,7 +66,8 @@ def main(arguments: list[str]) -> None:
             print(files.to_json(as_json(answer)) if _JSON.value else plain)
     if _RENDER.value:
         points = tuple(point for answer in answers for point in answer.points)
-        render.save_answer(dataclasses.replace(answers[0], points=points), _RENDER.value, **media)
+        render.save_answer(dataclasses.replace(answers[0], points=points), _RENDER.value,
+                           video=video, images=images)
         print(f"wrote {_RENDER.value}", file=sys.stderr)
 
 

@@ -24,6 +24,7 @@ from data_pipelines import workers
 from launch import cli
 from launch import corpus
 from launch import draw as draw_lib
+from launch import places
 from launch import progress
 from launch import questions
 from launch import record
@@ -88,11 +89,11 @@ class Job:
 def main(arguments: list[str]) -> None:
     cli.no_arguments(arguments)
     world, seed = draw_lib.WORLD.value, cli.SEED.value
-    workdir = cli.workdir(run.ROOT / "runs" / world).absolute()
+    workdir = cli.workdir(places.base() / "runs" / world).absolute()
     job = Job(world=world, workdir=workdir, config=settings(world, workdir, cli.bindings(), seed), seed=seed,
               scale=_SCALE.value, start=cli.INIT_FROM.value)
     try:
-        with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
+        with contextlib.chdir(places.base()):  # paths in configurations are relative to it
             quickstart(job)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one stopped")
@@ -105,7 +106,7 @@ def settings(world: str, workdir: pathlib.Path, bindings: list[str], seed: int) 
 
     def moved(path: str) -> str:
         inside = path.removeprefix(f"{folder}/")
-        return path if inside == path or workdir == run.ROOT / folder else str(workdir / inside)
+        return path if inside == path or workdir == places.base() / folder else str(workdir / inside)
 
     folders = tuple(moved(one) if isinstance(one, str) else (moved(one[0]), *one[1:])
                     for one in config.data.train)
@@ -223,9 +224,9 @@ def next_commands(job: Job) -> str:
 
 
 def _shown(path: str | pathlib.Path) -> str:
-    """Returns a path as a person at the root of the repository would type it."""
+    """Returns a path as a person would type it at places.base(), the root of a repository."""
     path = pathlib.Path(path)
-    return str(path.relative_to(run.ROOT) if path.is_relative_to(run.ROOT) else path)
+    return str(path.relative_to(places.base()) if path.is_relative_to(places.base()) else path)
 
 
 if __name__ == "__main__":

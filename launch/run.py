@@ -5,12 +5,9 @@ without a word is an error here: wrong types, lists for tuples, misspelt scopes,
 nobody reads.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib
-import importlib.util  # gin needs it, and does not import it, to say that a file is missing
-import os
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
@@ -25,10 +22,11 @@ import molmo2_jax.optim
 import molmo2_jax.sharding
 import molmo2_jax.train
 from launch import field_types
+from launch import places
 from molmo2_jax import config
 from molmo2_jax.inputs import text_file
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = places.SHIPPED   # the folder of gin_configs
 
 # The names that bindings given on the command line may use.
 _HEADER = """from __gin__ import dynamic_registration
@@ -59,7 +57,8 @@ def resolve(
         gin_files: Iterable[str | pathlib.Path], bindings: Sequence[str] = ()) -> RunConfig:
     """Returns the RunConfig that the files and then the bindings describe; later ones win.
 
-    Paths of files, also of included ones, are relative to the root of the repository.
+    Paths of files, also of included ones, are relative to the root of the repository; of an installed package
+    to the current folder or, if there is no such file, to the gin_configs that it brings.
 
     Raises:
       ValueError: a file is missing, is not UTF-8 or does not parse; a name is unknown; a value has the
@@ -77,20 +76,19 @@ def resolve(
     return run_config
 
 
-def _parse(gin_files: Iterable[str | pathlib.Path], bindings: Sequence[str]) -> None:
+def _parse(files: Iterable[str | pathlib.Path], bindings: Sequence[str]) -> None:
     """Fills gin's configuration; ValueError for whatever does not parse."""
-    gin_files = [str(path) for path in gin_files]
-    with contextlib.chdir(ROOT):
+    gin_files = list(map(str, files))
+    for path in gin_files:
+        _check_file(path, ())
+    _check_includes("\n".join(bindings), ())
+    try:
         for path in gin_files:
-            _check_file(path, ())
-        _check_includes("\n".join(bindings), ())
-        try:
-            for path in gin_files:
-                gin.parse_config_file(path)
-            gin.parse_config(_HEADER + "\n".join(bindings) + "\n")
-            gin.finalize()
-        except Exception as error:  # gin reports its users' mistakes with a dozen types
-            raise ValueError(_one_line(error)) from error
+            gin.parse_config_file(path)
+        gin.parse_config(_HEADER + "\n".join(bindings) + "\n")
+        gin.finalize()
+    except Exception as error:  # gin reports its users' mistakes with a dozen types
+        raise ValueError(_one_line(error)) from error
 
 
 def _check_file(path: str, includers: tuple[str, ...]) -> None:
@@ -98,10 +96,11 @@ def _check_file(path: str, includers: tuple[str, ...]) -> None:
     origin = f" (included by {includers[-1]})" if includers else ""
     if path in includers:
         raise ValueError(f"a gin file must not include itself; got {path}{origin}")
-    if not pathlib.Path(path).is_file():
-        raise ValueError("gin files must exist, relative to the root of the repository; "
-                         f"got {path}{origin}")
-    _check_includes(text_file.read(path), (*includers, path))
+    file = places.gin_file(path)
+    if not file:
+        raise ValueError(f"gin files must exist, relative to {places.base()}"
+                         + (f" or to {ROOT}" if places.base() != ROOT else "") + f"; got {path}{origin}")
+    _check_includes(text_file.read(file), (*includers, path))
 
 
 def _check_includes(text: str, includers: tuple[str, ...]) -> None:
@@ -240,7 +239,7 @@ def _check_all_read(bound: dict[_Key, Any], operative: dict[_Key, Any]) -> None:
                          "overridden in every scope that is used)")
 
 
-# gin reads files in the encoding of the locale, with a byte order mark as part of the text. A reader that is
-# registered the public way is asked only after that one.
-gin.config._FILE_READERS[0] = (functools.partial(open, encoding="utf-8-sig"), os.path.isfile)
 _gin_run_config = gin.external_configurable(RunConfig, module="launch.run")
+# gin's own readers know one folder only, fail where the current folder has a `gin_configs`, and read files in the
+# encoding of the locale, a byte order mark as part of the text.
+gin.config._FILE_READERS[:] = [(lambda path: places.gin_file(path).open(encoding="utf-8-sig"), places.gin_file)]

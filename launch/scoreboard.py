@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ SCORES = {
 COSTS = {"train_seconds": "training", "total_seconds": "everything", "peak_memory_gib": "memory"}
 _LAST = 5   # lines of metrics.jsonl that the loss of the trained model is a mean over
 
-Summary = Mapping[str, float | None | Mapping[str, float | None]]
+Summary = Mapping[str, Any]   # name -> number or None; "untrained" -> a mapping of such
 
 
 def summary(trained: Mapping[str, float], untrained: Mapping[str, float],
@@ -47,7 +48,7 @@ def losses(workdir: str | os.PathLike) -> tuple[float | None, float | None]:
 
 def table(content: Summary) -> str:
     """Returns the table for the terminal."""
-    rows = [("loss in training", "loss", None)]
+    rows: list[tuple[str, str, float | None]] = [("loss in training", "loss", None)]
     rows += [(words, name, goal) for name, (words, goal) in SCORES.items()]
     lines = [f"{'':27}{'trained':>9}{'untrained':>11}{'goal':>8}", "-" * 55]
     for words, name, goal in rows:
@@ -60,7 +61,7 @@ def table(content: Summary) -> str:
 
 def costs(content: Summary) -> tuple[str, str, str]:
     """Returns training time, time in all, and memory, in words."""
-    return (*(duration(content[name]) for name in ("train_seconds", "total_seconds")),
+    return (duration(content["train_seconds"]), duration(content["total_seconds"]),
             f"{content['peak_memory_gib']:.1f} GiB")
 
 

@@ -29,6 +29,7 @@ from absl import flags
 
 from launch import arms as arms_lib
 from launch import cli
+from launch import places
 from launch import run
 from molmo2_jax import files
 from molmo2_jax import metrics
@@ -105,7 +106,7 @@ def train_all(arms: Sequence[arms_lib.Arm], folder: pathlib.Path, steps: dict[st
                               init_from)
         print(f"{arm.name}: started", flush=True)
         with open(folder / f"{arm.name}.log", "a", encoding="utf-8") as log:
-            code = subprocess.run(command, cwd=run.ROOT, stdin=subprocess.DEVNULL, stdout=log,
+            code = subprocess.run(command, cwd=places.base(), stdin=subprocess.DEVNULL, stdout=log,
                                   stderr=subprocess.STDOUT, check=False).returncode
         print(f"{arm.name}: " + ("finished" if code == 0 else f"ended with status {code}"), flush=True)
         return code == 0

@@ -17,4 +17,5 @@ cd "$ROOT"
 step "running the tests" "$PYTHON" -m pytest -q --durations=10 \
   -n auto --maxprocesses 4 --dist worksteal --max-worker-restart 4 "$@"
 step "checking the style of the code" "$PYTHON" -m ruff check --quiet .
+step "checking types across modules" "$PYTHON" -m mypy
 echo "== everything together took $SECONDS s"

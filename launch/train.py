@@ -5,9 +5,10 @@
 Ctrl-C and SIGTERM save and end the run with status 75; the same command continues it with the next
 batch. A disk that is full or cannot be written ends it with status 74 and a sentence that says what is kept.
 The work directory receives checkpoints, metrics.jsonl, TensorBoard files, the tokenizer and config.gin, the
-record of every setting. Paths in flags are relative to the current folder, paths in
-configurations to the root of the repository. hosts/<index>.json says how each process ended; SIGUSR1 makes
-one print where all its threads stand. docs/training.md tells what else a run writes and watches.
+record of every setting. Paths in flags are relative to the current folder, paths in configurations to the
+root of the repository (of an installed package, to the current folder). hosts/<index>.json says how each
+process ended; SIGUSR1 makes one print the stacks of all its threads. docs/training.md describes what else a
+run writes and watches.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from data_pipelines import pipeline
 from launch import cli
 from launch import hosts
 from launch import notices
+from launch import places
 from launch import record
 from launch import run
 from launch import trained
@@ -76,7 +78,7 @@ def main(arguments: list[str]) -> None:
 
 def _keep_programs() -> None:
     """Makes jax keep programs that took a second or more to compile, and read them back."""
-    if _COMPILATION_CACHE.value and not jax.config.jax_compilation_cache_dir:
+    if _COMPILATION_CACHE.value and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         folder = _COMPILATION_CACHE.value
         folder = folder if files.is_remote(folder) else str(pathlib.Path(folder).expanduser())
         jax.config.update("jax_compilation_cache_dir", folder)
@@ -89,8 +91,9 @@ def fit(config: run.RunConfig, workdir: pathlib.Path, params=None,
     `params` is where to start, if not from scratch. The work directory (absolute) also receives the
     tokenizer, the record of all settings, and counts of what was read.
     """
-    with contextlib.chdir(run.ROOT):  # paths in configurations are relative to it
-        tokenizer = tokenizers.Tokenizer.from_file(config.tokenizer, config.model.text.vocab_size)
+    with contextlib.chdir(places.base()):  # paths in configurations are relative to it
+        tokenizer = tokenizers.Tokenizer.from_file(
+            places.model(config.tokenizer), config.model.text.vocab_size)
         mesh = sharding.make_mesh(config.mesh)
         share, shares = sharding.row_share(mesh)
         batches = pipeline.make_iterator(config.data, config.model, config.inputs, tokenizer,

@@ -2,6 +2,7 @@
 
 import atexit
 import dataclasses
+import os
 import pathlib
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from launch import places
 from launch import record
 from launch import run
 from molmo2_jax import checkpoint
@@ -44,11 +46,13 @@ def load(path: str | pathlib.Path, bindings: Sequence[str] = (), mesh: jax.shard
     """Returns the newest checkpoint of a work directory, or the model in a Hugging Face folder.
 
     `bindings` change the settings of the run that a work directory records. With a `mesh` parameters are
-    read straight onto their shards. A work directory may lie in a bucket ("gs://...").
+    read straight onto their shards. A work directory may lie in a bucket ("gs://..."). The names of models
+    that ship, such as "assets/nano", are found from any folder.
 
     Raises:
       ValueError: the folder is neither, or what it holds does not fit together.
     """
+    path = places.model(os.fspath(path))
     folder, is_pretraining = _on_disk(path), False
     if (folder / record.NAME).is_file():
         run_config = run.resolve([(folder / record.NAME).resolve()], bindings)

@@ -11,6 +11,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ def devices(name: str, slices: int = 1) -> list:
       ValueError: there is no such slice; those that exist are listed. Or libtpu is not installed.
     """
     chips_lib.find(name)
-    options = {"num_slices": slices} if slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if chips_lib.find(name).chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:

@@ -76,7 +76,7 @@ class Answers(NamedTuple):
 class State(NamedTuple):
     """Answers on their way, with all that is needed to go on."""
     answers: Answers
-    count: jax.Array     # int32[], new tokens per question so far
+    count: jax.Array     # type: ignore[assignment]  # int32[], new tokens per question so far
     is_over: jax.Array   # bool[B, Q]
     stop: jax.Array      # int32[B, Q], how far into a stop string the answer is; see `advance`
     memory: Any          # text.Memory, or a list with one per layer

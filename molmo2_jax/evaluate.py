@@ -49,7 +49,7 @@ class Result:
 
 
 class _Read(NamedTuple):
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     example: types.Example
     prompt: generate.Prompt | None   # None: refused, or there is nothing to ask
     refusal: str = ""

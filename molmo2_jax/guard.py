@@ -7,6 +7,7 @@ before it meets the same step again.
 
 import collections
 import math
+import os
 
 import numpy as np
 
@@ -80,7 +81,7 @@ def rows(batch: types.Batch) -> list[dict]:
             for row in range(len(batch.tokens))]
 
 
-def load(path: str) -> types.Batch:
+def load(path: str | os.PathLike) -> types.Batch:
     """Returns the batch of an evidence file, host_<n>.npz."""
     with files.path(path).open("rb") as file, np.load(file) as fields:
         return types.Batch(**fields)

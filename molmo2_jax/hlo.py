@@ -37,7 +37,7 @@ class Collective:
 
 def collectives(text: str, devices_per_slice: int) -> dict[str, float]:
     """Returns bytes of one step by network and kind, "ici all-gather" and so on."""
-    totals = collections.Counter()
+    totals: dict[str, float] = collections.defaultdict(float)
     for one in find_collectives(text, devices_per_slice):
         totals[f"{'dcn' if one.spans_slices else 'ici'} {one.kind}"] += one.traffic
     return dict(totals)
@@ -66,8 +66,8 @@ def find_collectives(text: str, devices_per_slice: int) -> list[Collective]:
             kind = "reduce-scatter" if "all-reduce-scatter" in name else match[2]
             if kind == "all-reduce" and _origin(line, name, made, callers) == "dynamic-update-slice":
                 kind = GATHER_BY_SUM
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-            arrays = [(width, tuple(map(int, filter(None, dims.split(","))))) for width, dims in arrays]
+            arrays = [(width, tuple(map(int, filter(None, dims.split(",")))))
+                      for width, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])]
             sizes = [_WIDTH.get(width, 4) * math.prod(dims) for width, dims in arrays]
             size = max(sizes) if match[3] or kind == "collective-permute" else sum(sizes)
             group, spans = _groups(line, devices_per_slice)

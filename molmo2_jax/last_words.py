@@ -33,7 +33,8 @@ def spoken(workdir: str | os.PathLike):
         yield
     except SystemExit as end:
         kind = "failed" if isinstance(end.code, str) else "stopped" if end.code else "finished"
-        _try_to_say(workdir, kind, f"exit status {end.code}" if kind == "stopped" else end.code or "")
+        reason = f"exit status {end.code}" if kind == "stopped" else str(end.code or "")
+        _try_to_say(workdir, kind, reason)
         raise
     except BaseException as error:
         _try_to_say(workdir, "failed", "".join(traceback.format_exception(error)))

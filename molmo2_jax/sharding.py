@@ -100,8 +100,9 @@ def _stored(names, shape, mesh) -> PartitionSpec:
     Heads, MLP columns and vocabulary by the rule's axis; what is left of STORAGE_AXES and tensor on "embed",
     or else on the largest dimension that they divide. Vectors are stored whole but for the rules.
     """
-    parts = [(rule,) if rule and size % mesh.shape[rule] == 0 and mesh.shape[rule] > 1 else ()
-             for rule, size in zip(map(PARAMETER_RULES.get, names), shape)]
+    parts: list[tuple[str, ...]] = [
+        (rule,) if rule and size % mesh.shape[rule] == 0 and mesh.shape[rule] > 1 else ()
+        for rule, size in zip(map(PARAMETER_RULES.get, names), shape)]
     if len(shape) - ("layers" in names) < 2 or "embed" not in names:
         return _spec_of(parts)
     left = STORAGE_AXES + (() if any(parts) else ("tensor",))

@@ -180,4 +180,4 @@ def fit(*, model_config, config: TrainConfig, optimiser: optim.OptimConfig, mesh
         with report.during("checkpoint"):
             manager.wait()
         report.end()
-        return Result(state, int(state.step) >= config.steps, step_fn._cache_size())
+        return Result(state, int(state.step) >= config.steps, step_fn._cache_size())  # type: ignore[attr-defined]  # unknown to jax's stubs

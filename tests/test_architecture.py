@@ -22,8 +22,8 @@ DEVICES = {"numpy", "jax", "flax", "molmo2_jax.sharding"} | BOTTOM
 # Training knows nothing of media: batches are passed in.
 NO_MEDIA = {"molmo2_jax", "!molmo2_jax.inputs", "!molmo2_jax.generate", "!molmo2_jax.evaluate",
             "!molmo2_jax.render"}
-TRAINING = NO_MEDIA | {"numpy", "jax", "flax", "optax", "orbax", "tensorstore", "absl", "etils"}
-DATA = {"numpy", "scipy", "grain", "av", "PIL", "array_record", "tqdm", "absl", "tokenizers",
+TRAINING = NO_MEDIA | {"numpy", "jax", "flax", "optax", "orbax", "absl", "etils"}
+DATA = {"numpy", "scipy", "grain", "av", "PIL", "tqdm", "absl", "tokenizers",
         "data_pipelines", "!data_pipelines.seqio_bridge", "molmo2_jax.inputs", "molmo2_jax.files"} | BOTTOM
 ANSWERS = {"molmo2_jax", "numpy", "jax", "flax", "PIL", "av", "tokenizers", "tqdm", "absl"}
 
@@ -64,11 +64,9 @@ ALLOWED = {
     "molmo2_jax.aot_generate": TRAINING,
     "data_pipelines": DATA,
     "data_pipelines.published": DATA | {"pyarrow"},
-    "data_pipelines.prepare": DATA | {"apache_beam"},
     "data_pipelines.seqio_bridge": DATA | {"seqio", "tensorflow"},
     "launch": ANSWERS | DATA | {"launch"},
     "launch.run": ANSWERS | DATA | {"launch", "gin"},
-    "launch.demo": ANSWERS | DATA | {"launch", "gradio"},
     "launch.compile": ANSWERS | DATA | {"launch", "libtpu"},
 }
 
@@ -213,7 +211,7 @@ IMPORT_CHECK = """
 import importlib, sys
 for name in sys.argv[1:]:
     importlib.import_module(name)
-heavy = {"tensorflow", "seqio", "torch", "transformers", "apache_beam"} & set(sys.modules)
+heavy = {"tensorflow", "seqio", "torch", "transformers"} & set(sys.modules)
 assert not heavy, f"imported: {heavy}"
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "an import initialised a jax backend"
@@ -225,8 +223,7 @@ def test_importing_the_training_main_loads_nothing_heavy_and_touches_no_device()
 
 
 def test_importing_every_module_loads_nothing_heavy_and_touches_no_device():
-    needs_extra = {"data_pipelines.seqio_bridge", "data_pipelines.prepare", "launch.demo",
-                   "molmo2_jax.hf.peer"}
+    needs_extra = {"data_pipelines.seqio_bridge", "molmo2_jax.hf.peer"}
     check_imports(*sorted(set(modules()) - needs_extra))
 
 

@@ -11,6 +11,7 @@ devices exchange length for heads before and after.
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ TILE = 64  # positions per side of a tile of the blocked path
 INTERPRETED = "_interpret"  # a kernel's program run by XLA on any device, slowly: for tests
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # by platform; blocked elsewhere
 IMPLEMENTATIONS = ("dense", "blocked", *KERNELS.values(), *(name + INTERPRETED for name in KERNELS.values()))
-_EXECUTE = {"blocked": blocked.attend, "pallas_tpu": pallas_tpu.attend, "pallas_gpu": pallas_gpu.attend}
+_EXECUTE: dict[str, Callable] = {
+    "blocked": blocked.attend, "pallas_tpu": pallas_tpu.attend, "pallas_gpu": pallas_gpu.attend}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("mask", "work"),

@@ -50,7 +50,7 @@ class Tensor(NamedTuple):
         last = self.shape[0] if last is None else last
         row = math.prod(self.shape[1:])
         out = empty((last - first, *self.shape[1:]), self.dtype)
-        view = memoryview(out.reshape(-1).view(np.uint8))
+        view = out.reshape(-1).view(np.uint8).data
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.offset + first * row * self.dtype.itemsize)
             done = 0
@@ -208,7 +208,7 @@ def _write_file(path: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype)
             for part in parts:
                 for first in range(0, len(part), step):
                     values = np.ascontiguousarray(part[first:first + step], dtype)
-                    file.write(memoryview(values.reshape(-1).view(np.uint8)))
+                    file.write(values.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -285,7 +285,7 @@ def crops_of_images(images: Sequence[np.ndarray], config: configs.Molmo2Config,
     for number, pixels in enumerate(images):
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
             raise ValueError(f"an image must be uint8[H, W, 3]; got {pixels.dtype}{list(pixels.shape)}")
-        tiles = tiling(*pixels.shape[:2], max_crops, config, inputs)
+        tiles = tiling(pixels.shape[0], pixels.shape[1], max_crops, config, inputs)
         patches.append(_image_patches(pixels, tiles, config, inputs))
         ids, tokens = _image_layout(tiles, config, inputs)
         pooled.append(np.where(ids < 0, -1, ids + count * config.vision.num_patches).astype(np.int32))

@@ -226,7 +226,7 @@ class Packer:
         self._waiting: Pack = []
         self._sizes: list[tuple[int, int, int]] = []  # tokens, crops, pooled rows
         self._waits: list[int] = []  # rows that were emitted while it waited
-        self._totals = (0, 0, 0)     # of sizes
+        self._totals: tuple[int, ...] = (0, 0, 0)     # of sizes
         self._longest_wait = 0
 
     @property

@@ -28,7 +28,7 @@ TrackFrame = tuple[float, Mapping[Hashable, XY | None]]       # seconds, object 
 
 class Point(NamedTuple):
     """A point that was read: image number or seconds, id as written, pixels."""
-    index: float
+    index: float  # type: ignore[assignment]  # hides tuple.index
     id: str
     x: float
     y: float
@@ -153,7 +153,7 @@ def format_tracks(frames: Sequence[TrackFrame], label: str, *, scale, separator:
     return _tag("tracks", texts, label, separator) if texts else ""
 
 
-def match_frames(frames: Sequence[TrackFrame], shown_seconds: Sequence[float],
+def match_frames(frames: Sequence[TrackFrame], shown_seconds: Sequence[float] | np.ndarray,
                  tolerance: float = 0.01) -> list[TrackFrame]:
     """Returns the frames at times at which the model sees the video, within `tolerance` seconds."""
     shown = np.asarray(shown_seconds, np.float64)

@@ -151,7 +151,7 @@ def _tree(crops: types.Crops, branches: list[_Encoded], tokenizer, length_factor
     weights = [np.zeros(1 + len(crops.tokens))]
     for branch in branches:
         weight = _weight(branch.weight, int(branch.is_learnt.sum()), len(branches), length_factor)
-        targets += [branch.ids[1:], [tokenizer.eos_id]]
+        targets += [branch.ids[1:], np.array([tokenizer.eos_id])]
         weights.append(np.append(branch.is_learnt[1:], True) * np.float32(weight))
     return dataclasses.replace(_lay_out(crops, [branch.ids for branch in branches], tokenizer),
                                targets=np.concatenate(targets).astype(np.int32),

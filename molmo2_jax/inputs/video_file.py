@@ -10,6 +10,7 @@ import fractions
 import itertools
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 
@@ -223,7 +224,7 @@ class Reader:
                     self._source, self._next = itertools.chain((packet,), self._source), places[0]
                     return
             self._marks = []  # a container that lands elsewhere does so again
-            self._next = math.inf
+            self._next = sys.maxsize
         if first < self._next:
             self._container.close()
             self._open()

@@ -102,7 +102,7 @@ def _trail(pen, places, size, rgb) -> None:
         pen.ellipse((x - size * 0.3, y - size * 0.3, x + size * 0.3, y + size * 0.3), fill=(*rgb, 200))
 
 
-def _font(size: float) -> ImageFont.FreeTypeFont:
+def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=round(size))
 
 
