@@ -21,8 +21,8 @@ from absl import flags
 from benchmarks import peer
 from molmo2_jax import config as config_lib
 from molmo2_jax import decode
-from molmo2_jax import generate
 from molmo2_jax import types
+from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.model import molmo2
 from tests import packs
 
@@ -44,8 +44,7 @@ def cases(config: config_lib.Molmo2Config) -> dict[str, tuple[types.Batch, list,
              "4 videos": [peer.question(config, clip, words) for clip, words in zip(clips, asked)]}
     rows = {name: (peer.batch_of(prompts, config), [[len(one.tokens) - 1] for one in prompts], prompts)
             for name, prompts in alone.items()}
-    tree, last = generate.question_tree(
-        clips[0], [generate.Question(turns=(" red" * words,)) for words in asked], peer.tokenizer_of(config))
+    tree, last = sequences.ask(clips[0], [(" red" * words,) for words in asked], peer.tokenizer_of(config))
     shared = [peer.question(config, clips[0], words) for words in asked]
     return rows | {"4 questions, 1 video": (peer.batch_of([tree], config), [last], shared)}
 

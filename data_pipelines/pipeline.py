@@ -146,8 +146,7 @@ def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.In
     preparer = preparation.Preparer(
         order=order.Order(list(sizes.values()), lessons, data.seed),
         examples=tuple(examples.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
-        max_tokens=shape.T, max_crops=shape.M, max_visual_tokens=shape.R,
-        asking=data.asking())
+        max_tokens=shape.T, max_crops=shape.M, max_visual_tokens=shape.R, asking=data.asking())
     mine = number // shard_count
     return Batches(data, preparer, errors, number, range(shard_index * mine, (shard_index + 1) * mine))
 
