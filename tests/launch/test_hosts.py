@@ -59,7 +59,7 @@ def two(make):
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.slow(235)
 def test_four_processes_killed_in_a_save_go_on_as_two_bit_for_bit(make, two):
     killed = make("killed")
     killed.start(4)
@@ -72,7 +72,7 @@ def test_four_processes_killed_in_a_save_go_on_as_two_bit_for_bit(make, two):
     assert len(killed.record()["metrics"]) == 8 and len(killed.record()["positions"]) == kills.DEVICES
 
 
-@pytest.mark.slow
+@pytest.mark.slow(120)
 def test_one_process_goes_on_with_what_two_saved_and_does_what_they_did(make, two):
     one = make("one")
     shutil.copytree(two.workdir, one.workdir)

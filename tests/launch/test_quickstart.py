@@ -222,7 +222,7 @@ def start(workdir):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.slow(35)
+@pytest.mark.slow(125)
 def test_the_quickstart_ends_with_scores_and_a_report_and_does_nothing_twice(tmp_path):
     status, out, error = start(tmp_path)
     assert status == 0, error
