@@ -39,7 +39,8 @@ case "$what" in
     head -n 1 "$CLOUD/states"
     if (($(wc -l <"$CLOUD/states") > 1)); then sed -i 1d "$CLOUD/states"; fi ;;
   "queued-resources delete") rm -rf "$CLOUD/states" "$CLOUD/machines" ;;
-  "tpu-vm describe") if [[ -d "$CLOUD/machines/$name" ]]; then echo READY; else exit 1; fi ;;
+  "tpu-vm describe")
+    if [[ -d "$CLOUD/machines/$name" ]]; then echo READY; else echo "NOT_FOUND: no node" >&2; exit 1; fi ;;
   "tpu-vm scp")
     for folder in "$CLOUD/machines/${5%%:*}"/*; do cp "$3" "$4" "$folder/${5#*:}"; done ;;
   "tpu-vm ssh")
@@ -74,7 +75,8 @@ class Cloud:
         self.folder = folder
         self.code = folder / "code"
         for name in ("launch/tpu_run.sh", "launch/tpu_worker.sh", "launch/environment.sh",
-                     "molmo2_jax/chips.py"):
+                     "molmo2_jax/chips.py",
+                     *(f"launch/{path.name}" for path in (ROOT / "launch").glob("tpu_*.py"))):
             (self.code / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.code / name)
         subprocess.run(["git", "init", "-q", str(self.code)], check=True)
@@ -84,7 +86,8 @@ class Cloud:
             (folder / "bin" / name).chmod(0o755)
         self.environment = os.environ | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CLOUD": str(folder), "STOP_SECONDS": "5",
-            "TPU_RUN_POLL_SECONDS": "0.1", "MOLMO2_PYTHON": sys.executable}
+            "TPU_RUN_POLL_SECONDS": "0.1", "LIBTPU_LOCKFILE": str(folder / "lock"),
+            "RETRY_SECONDS": "0", "MOLMO2_PYTHON": sys.executable}
 
     def start(self, *arguments):
         return subprocess.Popen(["bash", f"{self.code}/launch/tpu_run.sh", *arguments], env=self.environment,
@@ -288,7 +291,7 @@ def test_slices_are_nodes_of_one_queued_resource(cloud):
     (cloud.folder / "machines" / "job-1" / "1").rename(cloud.folder / "taken")
     (cloud.folder / "machines" / "job-1" / "1").touch()
     lost = cloud.run("status", "--name=job")
-    assert lost.returncode == 1 and lost.out.split() == ["ended", "0"] * 3 + ["lost"]
+    assert lost.returncode == 1 and lost.out.split() == ["ended", "0"] * 3 + ["unreachable"]
     assert cloud.run("delete", "--name=job").returncode == 0
     assert "--zone must be given" in cloud.run("status", "--name=job").err  # nothing is left of it
 
@@ -346,7 +349,8 @@ def test_the_same_job_as_a_jobset(cloud):
     assert cloud.run(*arguments).returncode == 0
     assert (cloud.folder / "applied.yaml").read_text() == shown.out
     assert cloud.run("delete", "--name=job").returncode == 0
-    assert cloud.calls() == ["apply --filename=-", "delete jobset job --ignore-not-found"]
+    assert cloud.calls() == ["get jobset job --ignore-not-found --output=json", "apply --filename=-",
+                             "delete jobset job --ignore-not-found --wait"]
 
 
 @pytest.mark.parametrize("arguments, words", [
