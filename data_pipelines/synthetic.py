@@ -22,11 +22,11 @@ from typing import Literal
 
 import av
 import numpy as np
-import tqdm
 from PIL import Image
 
 from data_pipelines import synthetic_annotations
 from data_pipelines import synthetic_scene
+from molmo2_jax import bars
 
 ENCODER_OPTIONS = {"preset": "ultrafast", "crf": "18"}
 HOPS = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1) if x or y]   # cells, to a neighbour
@@ -381,8 +381,8 @@ def write(folder: str | os.PathLike, config: WorldConfig, seed: int, num_example
     make = functools.partial(make_example, str(root), config, seed, split, has_masks)
     partial = target.with_suffix(".partial")
     with open(partial, "w") as lines:
-        for record in tqdm.tqdm(_map(make, num_examples, workers), total=num_examples,
-                                desc=f"writing {split}", unit="examples", disable=not progress):
+        for record in bars.bar(_map(make, num_examples, workers), total=num_examples,
+                               desc=f"writing {split}", unit="examples", disable=not progress):
             lines.write(json.dumps(record) + "\n")
     partial.rename(target)
     return target
