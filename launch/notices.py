@@ -2,8 +2,8 @@
 
 A TPU machine that is taken away or must be serviced says so in its metadata before it is shut down. A notice
 of maintenance stays there until the maintenance is over. A run that saved because of it starts again on the
-same machine. So a notice that is there from the start is only reported: else the run would save and start in a
-circle.
+same machine. So a notice that is there from the start is only reported: else the run would save and start in
+a circle.
 Source: the cloud's pages "About VM metadata" and "Preemptible VM instances", November 2026.
 """
 

@@ -170,7 +170,8 @@ class Caller:
         errors, lines = [], []
         reader = threading.Thread(target=lambda: errors.append(process.stderr.read()), daemon=True)
         reader.start()
-        timer = threading.Timer(seconds or 1e6, _end, [process])
+        timed_out = threading.Event()
+        timer = threading.Timer(seconds or 0, lambda: (timed_out.set(), _end(process)))
         timer.daemon = True
         if seconds:
             timer.start()
@@ -182,10 +183,9 @@ class Caller:
             if on_line:
                 on_line(line.rstrip("\n"))
         status = self.finish(process)
-        timed_out = seconds and not timer.is_alive()
         timer.cancel()
         reader.join()
-        error = f"timed out after {seconds:.0f} s" if timed_out and status else "".join(errors)
+        error = f"timed out after {seconds} s" if timed_out.is_set() else "".join(errors)
         return Answer(status, "".join(lines), error)
 
     def ask(self, words: Sequence[str], what: str, patience: float | None = None,

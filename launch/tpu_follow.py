@@ -15,7 +15,7 @@ from launch import tpu_slice
 
 AGAIN = 75        # status of a command that saved and wants to be started again
 LOST = 254        # a machine is gone
-_MARK = b"\x1e"   # around what tpu_worker.sh says between the bytes of the log
+_OPEN, _CLOSE = b"\x1e", b"\x1f"   # around what tpu_worker.sh says between the bytes of the log
 _SHOWN = 64       # machines whose output is shown; of the others the script asks the status only
 _BAR = 10.0       # seconds between two lines that end with a carriage return
 
@@ -29,7 +29,7 @@ class Log:
 
     def __init__(self):
         self.nonce, self.run, self.seen, self.status, self.word = secrets.token_hex(8), "", 0, None, ""
-        self._head, self._buffer, self._at = _MARK + self.nonce.encode() + b" ", b"", None
+        self._head, self._buffer, self._at = _OPEN + self.nonce.encode() + b" ", b"", None
 
     def connect(self) -> None:
         """Begins a new connection: what the last one left incomplete is dropped, as it comes again."""
@@ -40,19 +40,43 @@ class Log:
         self._buffer += chunk
         new = []
         while self._buffer:
-            text, mark, _ = self._buffer.partition(_MARK)
-            if text:
+            start = self._buffer.find(_OPEN)
+            if start:
+                text = self._buffer if start < 0 else self._buffer[:start]
                 new.append(self._take(text))
                 self._buffer = self._buffer[len(text):]
-            elif not self._buffer.startswith(self._head[:len(self._buffer)]):
-                new.append(self._take(mark))   # the job printed this byte itself
+            elif not self._read_mark():
+                if self._is_incomplete():
+                    break
+                new.append(self._take(_OPEN))   # the job printed this byte itself
                 self._buffer = self._buffer[1:]
-            elif (end := self._buffer.find(_MARK, 1)) < 0:
-                break                          # the rest of the mark is to come
-            else:
-                self._read(self._buffer[len(self._head):end].decode())
-                self._buffer = self._buffer[end + 1:]
         return b"".join(new)
+
+    def _read_mark(self) -> bool:
+        """Takes a mark from the front of the buffer, or the part of one where the connection broke."""
+        mark, rest = self._split()
+        end = mark.find(_CLOSE)
+        if mark.startswith(self._head) and end >= 0:
+            self._read(mark[len(self._head):end].decode())
+            self._buffer = self._buffer[end + 1:]
+        elif self._may_be(mark) and rest.startswith(self._head + b"f"):  # "from": a connection begins
+            self._buffer = rest
+        else:
+            return False
+        return True
+
+    def _is_incomplete(self) -> bool:
+        """Returns whether the front of the buffer may be a mark whose rest is to come."""
+        mark, rest = self._split()
+        return self._may_be(mark) and (self._head + b"f").startswith(rest)
+
+    def _split(self) -> tuple[bytes, bytes]:
+        """Returns the buffer up to the next mark, and from there on."""
+        mark, another, rest = self._buffer[1:].partition(_OPEN)
+        return _OPEN + mark, another + rest
+
+    def _may_be(self, mark: bytes) -> bool:
+        return self._head.startswith(mark) or mark.startswith(self._head)
 
     def _take(self, text: bytes) -> bytes:
         if self._at is None:
@@ -165,10 +189,12 @@ class Follower:
 
 
 class Rest:
-    """Watches the machines from number `first` of a node on, whose output is not shown."""
+    """Watches up to 64 machines of a node from number `first` on, whose output is not shown."""
 
     def __init__(self, slice_: tpu_slice.Slice, node: str, first: int):
-        self._slice, self._node, self._workers = slice_, node, f"{first}-{slice_.request.hosts - 1}"
+        last = min(first + _SHOWN, slice_.request.hosts) - 1
+        self._slice, self._node = slice_, node
+        self._workers = f"{first}-{last}" if last > first else str(first)
         self.label, self.give_up_at = f"{node}/{self._workers}", None
         self._line = f"bash {slice_.request.name}/tpu_worker.sh poll"
 
@@ -233,7 +259,7 @@ def watch(members: dict[str, Callable[[], int]], give_up: Callable[[int], None],
                 raise error
             waiting -= 1
             tpu_cloud.say(f"{label} ended with status {status}")
-            if status == LOST or (status > result and result in (0, AGAIN)):
+            if status == LOST or result == 0 or (result == AGAIN and status):
                 result = status
         must = is_stopping() or calls or result not in (0, AGAIN)
         if waiting and must and calls < 2 and time.monotonic() >= deadline:
@@ -252,7 +278,7 @@ def follow_all(slice_: tpu_slice.Slice, folder: pathlib.Path, stop_all: Callable
     for node in slice_.nodes:
         hosts = slice_.request.hosts
         members += [Follower(slice_, node, worker, folder) for worker in range(min(hosts, shown))]
-        members += [Rest(slice_, node, shown)] if hosts > shown else []
+        members += [Rest(slice_, node, first) for first in range(shown, hosts, _SHOWN)]
     if slice_.dry:
         for member in members:
             tpu_cloud.show(tpu_cloud.quoted(member.call()))

@@ -20,6 +20,8 @@ _SHORT = 40            # polls: ten minutes
 # What is true when this script is ended, by Run.phase.
 _ENDED = {"wait": "this script was ended; what it asked for stays: call it again, or with delete",
           "prepare": "this script was ended before the command began; call it again, or with delete",
+          "start": "this script was ended while it started the command, which goes on where it began: "
+                   "call it again, or with stop or delete",
           "run": "this script was ended; the command goes on: call it again, or with stop or delete"}
 _INSTALLS = 3          # trials of an installation or a --setup that fails
 _SPOT_LOOKS = 5        # looks for lost machines when a command failed: the cloud's word comes late
@@ -59,8 +61,8 @@ class Run:
         self._options, self._slice, self._folder, self.phase = options, slice_, folder, "wait"
         self._environment = ["env", "MOLMO2_HOSTS=auto", *options.env, *options.command]
         self._code = Code(temporary, f"{options.slices} {options.type}")
-        text = "".join(word + "\0" for word in self._environment) + self._code.hash + "\n"
-        self._identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+        words = "".join(word + "\0" for word in self._environment)
+        self._identity = f"{hashlib.sha256(words.encode()).hexdigest()[:16]}.{self._code.hash}"
         self._is_new = True
 
     def run(self) -> None:
@@ -119,6 +121,7 @@ class Run:
                 self._prepare()
                 if self._folder.is_stopped():
                     return tpu_slice.STOPPED
+                self.phase = "start"
                 self._start()
             self.phase = "run"
             return tpu_follow.follow_all(self._slice, self._folder.path,
@@ -155,8 +158,8 @@ class Run:
         name = self._options.name
         for identity, command in running:
             if identity != self._identity:
-                known = command.strip() == tpu_cloud.quoted(self._environment)
-                what = "the same command runs with other code" if known else "another command runs"
+                is_same = identity.partition(".")[0] == self._identity.partition(".")[0]
+                what = "the same command runs with other code" if is_same else "another command runs"
                 tpu_flags.fail(f"{what} as {name}: {command.strip()}; \"tpu_run.sh logs --name={name}\" "
                                f"follows it, \"tpu_run.sh stop --name={name}\" lets it save and end")
         if running and len(running) == len(found):

@@ -1,5 +1,6 @@
 """Slices of TPU machines as one queued resource: asked for, waited for, reached, given back."""
 
+import contextlib
 import dataclasses
 import enum
 import re
@@ -74,6 +75,7 @@ class Slice:
         self.exists = False         # this script has seen or created it, and did not delete it
         self.may_exist = False      # the same, or a request was sent whose answer is not known
         self._is_stopped = is_stopped
+        self._is_ours = False       # this script asked for it
         self.assumed = False        # in a dry run: that the slice was created
         only = request.slices == 1
         self.nodes = [request.name] if only else [f"{request.name}-{i}" for i in range(request.slices)]
@@ -124,16 +126,20 @@ class Slice:
         what = f"{one.slices} x {one.type}"
         tpu_cloud.say(f"asking for {what} ({one.shape})")
         self.may_exist = self.assumed = True
-        answer = self._ask(f"the request for {what} in {one.zone}", "queued-resources", "create", one.name,
-                           *which, f"--accelerator-type={one.type}", f"--runtime-version={one.version}",
-                           *one.create_flags)
-        if answer.kind is Kind.QUOTA:
-            self.may_exist = False
-            raise tpu_cloud.Problem(f"the project has no quota for {what} in {one.zone}: {answer.sentence}")
-        if answer.kind is Kind.ABSENT:
-            self.may_exist = False
-            raise tpu_cloud.Problem(f"the request for {what} was refused: {answer.sentence}")
-        self.exists = True
+        try:
+            answer = self._ask(
+                f"the request for {what} in {one.zone}", "queued-resources", "create", one.name, *which,
+                f"--accelerator-type={one.type}", f"--runtime-version={one.version}", *one.create_flags)
+            if answer.kind is Kind.QUOTA:
+                raise tpu_cloud.Problem(f"the project has no quota for {what} in {one.zone}: "
+                                        f"{answer.sentence}")
+            if answer.kind is Kind.ABSENT:
+                raise tpu_cloud.Problem(f"the request for {what} was refused: {answer.sentence}")
+        except tpu_cloud.Problem:
+            with contextlib.suppress(tpu_cloud.Problem):  # a call that failed may have created it, too
+                self.may_exist = self.state(patience=0) != "NONE"
+            raise
+        self.exists = self._is_ours = True
 
     def delete(self) -> None:
         """Deletes the queued resource with its machines, and returns when it is gone.
@@ -173,8 +179,11 @@ class Slice:
             seen = now
             absences = absences + 1 if now in ("NONE", "DELETING") else 0
             looks = looks + 1 if now == "ACTIVE" else 0
-            if now == "ACTIVE" and self._is_ready(looks):
-                return
+            if now == "ACTIVE":
+                if self._is_ready(looks):
+                    return
+                self.caller.wait(self.caller.pace.poll)
+                continue
             if now == "NONE" and not self.exists:
                 self.create()
                 continue
@@ -207,7 +216,8 @@ class Slice:
 
     def _ask_again(self, failures: int, now: str) -> None:
         """Deletes a request that the cloud failed, or whose machines it took."""
-        self._give_up_after(failures, now)
+        if self._is_ours:   # what an earlier call left is deleted only
+            self._give_up_after(failures, now)
         self.delete()
         if failures > 1:
             pauses = self.caller.pace.pauses()

@@ -13,8 +13,8 @@
 #   tpu_worker.sh stop [by_hand]        SIGTERM to the command, upon which training saves; SIGKILL to all its
 #                                       processes after $STOP_SECONDS. by_hand: attach then reports status 253
 #
-# Except for attach, each prints how it ended as its last line. The job's identity is a hash of its command and of
-# HASH. A mark of attach is text between two bytes 036 that begins with NONCE: "from BYTE RUN", "ended STATUS",
+# Except for attach, each prints how it ended as its last line. The job's identity is a hash of its command and HASH,
+# that of its code. A mark of attach is text between the bytes 036 and 037 that begins with NONCE: "from BYTE RUN", "ended STATUS",
 # "nothing" (no job is here) or "replaced" (another job took its place).
 set -euo pipefail
 
@@ -93,7 +93,7 @@ start() {
   rm -rf "$JOB"
   mkdir -p "$JOB"
   touch "$JOB/log"
-  { printf '%s\0' "$@" && cat "$FOLDER/code.hash"; } | sha256sum | cut -c1-16 >"$JOB/identity"
+  echo "$(printf '%s\0' "$@" | sha256sum | cut -c1-16).$(<"$FOLDER/code.hash")" >"$JOB/identity"
   printf '%q ' "$@" >"$JOB/command"
   date +%s%N >"$JOB/run"
   cp "$BOOT" "$JOB/boot"
@@ -112,7 +112,7 @@ start() {
 
 attach() {
   local from="${1:-0}" nonce="${2:-}" run="${3:-}" code=137 now   # 137: killed, if no status was written
-  mark() { printf '\036%s %s\036' "$nonce" "$*"; }
+  mark() { printf '\036%s %s\037' "$nonce" "$*"; }
   if [[ ! -f "$JOB/pid" ]]; then
     mark nothing
     return
@@ -186,8 +186,13 @@ stop() {
     sleep 0.1
   done
   kill -KILL -- "-$group" || true
+  for ((tenth = 0; tenth < 100; tenth++)); do
+    is_running || break
+    sleep 0.1
+  done
   echo killed
 }
 
-[[ "$1" == attach ]] || trap 'echo "== $1 ended with status $?"' EXIT
+WORD="$1"   # in a trap, $1 may be that of a function
+[[ "$WORD" == attach ]] || trap 'echo "== $WORD ended with status $?"' EXIT
 "$@"

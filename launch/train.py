@@ -41,8 +41,8 @@ _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST steps to record into <workdir>/profile, for TensorBoard or Perfetto.")
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder of compiled programs, also gs://...; a run that resumes then need not "
-    "compile again. Default: ~/.cache/molmo2_jax/programs; of a run on several hosts, of which only the first "
-    "writes, <workdir>/programs. Empty: none. JAX_COMPILATION_CACHE_DIR wins over it.")
+    "compile again. Default: ~/.cache/molmo2_jax/programs; of a run on several hosts, of which only the "
+    "first one writes, <workdir>/programs. Empty: none. JAX_COMPILATION_CACHE_DIR wins over it.")
 for _name in ("gin_file", "gin", "workdir", "init_from", "traceback"):
     flags.declare_key_flag(_name)
 
