@@ -22,11 +22,11 @@ from typing import Literal
 
 import av
 import numpy as np
-import tqdm
 from PIL import Image
 
 from data_pipelines import synthetic_annotations
 from data_pipelines import synthetic_scene
+from molmo2_jax import bars
 from molmo2_jax import config as configs
 from molmo2_jax import files
 from molmo2_jax.inputs import video_file
@@ -380,8 +380,8 @@ def write(folder: str | os.PathLike, config: WorldConfig, seed: int, num_example
     label.write_text(written)
     make = functools.partial(make_example, str(root), config, seed, split, has_masks)
     with files.whole(target) as lines:
-        for record in tqdm.tqdm(_map(make, num_examples, workers), total=num_examples,
-                                desc=f"writing {split}", unit="examples", disable=not progress):
+        for record in bars.bar(_map(make, num_examples, workers), total=num_examples,
+                               desc=f"writing {split}", unit="examples", disable=not progress):
             lines.write(json.dumps(record) + "\n")
     return target
 

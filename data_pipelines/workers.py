@@ -2,20 +2,29 @@
 
 import contextlib
 import dataclasses
+import functools
+import gc
+import logging
 import os
+import secrets
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
 from multiprocessing import process
+from multiprocessing import util
 from typing import Any
 
 import grain
 from absl import flags
+from grain._src.python.dataset.transformations import process_prefetch
 
 _ENDLESS = 2**62
 _SHARED_MEMORY_BYTES = 2**16  # arrays from this size on travel through shared memory
+_CLOSE_SECONDS = 20.0  # after which close returns whatever the processes do
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +53,7 @@ class Reader:
     """
 
     def __init__(self, function: Callable[[int], Any], numbers: Numbers, num_workers: int, prefetch: int):
+        self._token, self._is_killed = secrets.token_hex(8), False
         if not flags.FLAGS.is_parsed():  # grain reads absl flags, which tests and notebooks do not parse
             flags.FLAGS.mark_as_parsed()
         in_turn = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -52,7 +62,11 @@ class Reader:
             dataset, grain.experimental.DatasetOptions(min_shm_size=_SHARED_MEMORY_BYTES))
         if num_workers:
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch)
-            dataset = dataset.mp_prefetch(options, worker_init_fn=_start)
+            start = functools.partial(_start, self._token)
+            dataset = dataset.mp_prefetch(options, worker_init_fn=start)
+            # At exit, after grain has closed what it can (priority 1) and before multiprocessing waits for
+            # processes that it sent SIGTERM, which they ignore.
+            util.Finalize(None, _kill, args=(self._token,), exitpriority=0)
         self._iterator = iter(dataset)
         self._needs_start = num_workers > 0
 
@@ -65,7 +79,34 @@ class Reader:
         return next(self._iterator)
 
     def close(self) -> None:
-        self._iterator.close()
+        """Ends the processes, within about `_CLOSE_SECONDS`.
+
+        Where a process died while it was sending a result, grain waits without end for the rest of it.
+        """
+        thread = threading.Thread(target=self._close, daemon=True)
+        thread.start()
+        thread.join(_CLOSE_SECONDS)
+        if thread.is_alive():
+            _log.warning("the worker processes do not end by themselves; killing them")
+            self._is_killed = True
+            _kill(self._token)
+
+    def _close(self) -> None:
+        try:
+            self._iterator.close()
+        except Exception:
+            if not self._is_killed:
+                raise
+
+
+def _kill(token: str) -> None:
+    """Kills the processes of a reader, and makes grain forget them: it would wait for them again at exit."""
+    found = [one for one in gc.get_objects() if type(one) is process_prefetch.ProcessPrefetchDatasetIterator]
+    for one in found:
+        if token in repr(one._worker_init_fn):
+            child, one._prefetch_process = one._prefetch_process, None
+            if child:
+                child.kill()
 
 
 def is_death(error: BaseException) -> bool:
@@ -94,10 +135,15 @@ def hidden_main() -> Iterator[None]:
                 setattr(main, name, value)
 
 
-def _start(worker: int, count: int) -> None:
-    """Leaves Ctrl-C to the main process, and ends with it even where it is killed."""
-    del worker, count
+def _start(token: str, worker: int, count: int) -> None:
+    """Makes a worker process end with the main process, even a killed one, and only then.
+
+    Ctrl-C and a SIGTERM to the whole process group are for the main process, which saves, and needs its data
+    until it has.
+    """
+    del token, worker, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

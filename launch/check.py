@@ -13,13 +13,13 @@ import dataclasses
 import pathlib
 import sys
 
-import tqdm
 from absl import flags
 
 from data_pipelines import checking
 from data_pipelines import sources
 from launch import cli
 from launch import places
+from molmo2_jax import bars
 from molmo2_jax import config
 from molmo2_jax.hf import checkpoint as hf_checkpoint
 from molmo2_jax.inputs import tokenizer as tokenizers
@@ -46,8 +46,8 @@ def check(folder: str) -> list[str]:
         model, inputs = hf_checkpoint.read_config(_MODEL)
         inputs = dataclasses.replace(inputs, max_frames=config.InputConfig().max_frames)
         tokenizer = tokenizers.Tokenizer.from_file(_MODEL, model.text.vocab_size)
-        for problems in tqdm.tqdm(checking.problems(examples, model, inputs, tokenizer),
-                                  total=len(examples), desc=folder, unit="record"):
+        for problems in bars.bar(checking.problems(examples, model, inputs, tokenizer),
+                                 total=len(examples), desc=folder, unit="record"):
             found += [f"{folder}/{problem}" for problem in problems]
     kinds = collections.Counter(one.type for example in examples for one in example.annotations)
     print(f"{folder}: {len(examples)} good lines; annotations: "

@@ -1,6 +1,9 @@
-"""Notices of the cloud that this machine will go away: they become SIGTERM, at which a run saves and leaves.
+"""Notices of the cloud that this machine will go away: they become SIGTERM, at which a run saves and ends.
 
-A TPU machine that is taken away or must be serviced says so in its metadata before it is shut down.
+A TPU machine that is taken away or must be serviced says so in its metadata before it is shut down. A notice
+of maintenance stays there until the maintenance is over. A run that saved because of it starts again on the
+same machine. So a notice that is there from the start is only reported: else the run would save and start in
+a circle.
 Source: the cloud's pages "About VM metadata" and "Preemptible VM instances", November 2026.
 """
 
@@ -12,6 +15,7 @@ import time
 import urllib.request
 
 _QUIET = {"maintenance-event": "NONE", "preempted": "FALSE"}  # key: its value while nothing is to come
+_STAYS = "maintenance-event"
 _RETRY = 30.0  # seconds until an unreachable server is asked again
 
 
@@ -22,7 +26,7 @@ def listen(act=lambda: os.kill(os.getpid(), signal.SIGTERM)) -> None:
 
 
 def _listen(key, act):
-    host, etag = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal"), "0"
+    host, etag, before = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal"), "0", None
     while True:
         url = (f"http://{host}/computeMetadata/v1/instance/{key}?wait_for_change=true&timeout_sec=60"
                f"&last_etag={etag}")
@@ -33,7 +37,12 @@ def _listen(key, act):
         except OSError:
             time.sleep(_RETRY)
             continue
-        if value != _QUIET[key]:
-            print(f"the machine's {key} is {value}: saving, then leaving", file=sys.stderr, flush=True)
-            act()
-            return
+        is_first, is_new, before = before is None, value != before, value
+        if value == _QUIET[key] or not is_new:
+            continue
+        if is_first and key == _STAYS:
+            print(f"the machine's {key} is {value} from the start: going on", file=sys.stderr, flush=True)
+            continue
+        print(f"the machine's {key} is {value}: saving, then leaving", file=sys.stderr, flush=True)
+        act()
+        return

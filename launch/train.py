@@ -44,8 +44,9 @@ from molmo2_jax.inputs import tokenizer as tokenizers
 _PROFILE_STEPS = flags.DEFINE_string(
     "profile_steps", None, "FIRST:LAST steps to record into <workdir>/profile, for TensorBoard or Perfetto.")
 _COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/molmo2_jax/programs", "Folder of compiled programs, also gs://...; a run "
-    "that goes on then need not compile again. Empty: none. JAX_COMPILATION_CACHE_DIR wins over it.")
+    "compilation_cache", None, "Folder of compiled programs, also gs://...; a run that resumes then need not "
+    "compile again. Default: ~/.cache/molmo2_jax/programs; of a run on several hosts, of which only the "
+    "first one writes, <workdir>/programs. Empty: none. JAX_COMPILATION_CACHE_DIR wins over it.")
 for _name in ("gin_file", "gin", "workdir", "init_from", "traceback"):
     flags.declare_key_flag(_name)
 
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> None:
     config, workdir = cli.resolve("tokenizer", "data", "optim", "train"), files.path(cli.workdir())
     profile = profiling.parse(_PROFILE_STEPS.value)
     hosts.join()
-    _keep_programs()
+    _keep_programs(workdir)
     if jax.default_backend() == "tpu":
         notices.listen()
     faulthandler.enable(sys.__stderr__)
@@ -76,10 +77,12 @@ def main(arguments: list[str]) -> None:
             sys.exit(cli.UNFINISHED)
 
 
-def _keep_programs() -> None:
+def _keep_programs(workdir) -> None:
     """Makes jax keep programs that took a second or more to compile, and read them back."""
-    if _COMPILATION_CACHE.value and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
-        folder = _COMPILATION_CACHE.value
+    folder = _COMPILATION_CACHE.value
+    if folder is None:
+        folder = str(workdir / "programs") if jax.process_count() > 1 else "~/.cache/molmo2_jax/programs"
+    if folder and not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         folder = folder if files.is_remote(folder) else str(pathlib.Path(folder).expanduser())
         jax.config.update("jax_compilation_cache_dir", folder)
 

@@ -55,7 +55,11 @@ CHIPS = {chip.name: chip for chip in (
 )}
 
 _SIDES_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_SIDES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+# From 4x4x4 on, slices are made of such cubes; of each number of chips this is the shape of the cloud's name.
+_SIDES_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x4x12", "4x8x8", "4x4x20", "4x8x12",
+             "4x4x28", "8x8x8", "4x12x12", "4x8x20", "8x8x12", "4x8x28", "4x12x20", "8x8x16", "8x12x12",
+             "8x8x20", "8x12x16", "12x12x12", "8x8x28", "8x12x20", "8x16x16", "12x12x16", "12x16x16",
+             "16x16x16", "16x16x24")
 TOPOLOGIES = {2: _SIDES_2D, 3: _SIDES_3D}
 
 

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-import tqdm
-
+from molmo2_jax import bars
 from molmo2_jax import generate
 from molmo2_jax import types
 
@@ -75,7 +74,7 @@ def evaluate(answerer: generate.Answerer, examples: Sequence[types.Example], ask
     answered: dict[int, list[Answered]] = {}
     refused: list[str] = []
     not_finite = 0
-    with tqdm.tqdm(total=len(examples), desc=title, unit="example", disable=title is None) as bar:
+    with bars.bar(total=len(examples), desc=title, unit="example", disable=title is None) as bar:
         for reads in _windows(answerer, examples, ask, window, readers):
             refused += [read.refusal for read in reads if read.refusal]
             if max_refused is not None and len(refused) > max_refused:

@@ -8,8 +8,8 @@ import tempfile
 import time
 
 import numpy as np
-import tqdm
 
+from molmo2_jax import bars
 from molmo2_jax import files
 from molmo2_jax import types
 
@@ -113,8 +113,8 @@ class Progress:
     """A bar over steps with loss, examples/s, tokens/s, the fill of both budgets and the time left."""
 
     def __init__(self, first: int, total: int, disable: bool = False):
-        self._bar = tqdm.tqdm(total=total, initial=first, unit="step", dynamic_ncols=True, disable=disable,
-                              mininterval=1.0)
+        self._bar = bars.bar(total=total, initial=first, unit="step", dynamic_ncols=True, disable=disable,
+                             mininterval=1.0)
         self._last = time.monotonic()
         self._rates = {}
 

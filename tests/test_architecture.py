@@ -24,13 +24,15 @@ NO_MEDIA = {"molmo2_jax", "!molmo2_jax.inputs", "!molmo2_jax.generate", "!molmo2
             "!molmo2_jax.render"}
 TRAINING = NO_MEDIA | {"numpy", "jax", "flax", "optax", "orbax", "absl", "etils"}
 DATA = {"numpy", "scipy", "grain", "av", "PIL", "tqdm", "absl", "tokenizers",
-        "data_pipelines", "!data_pipelines.seqio_bridge", "molmo2_jax.inputs", "molmo2_jax.files"} | BOTTOM
+        "data_pipelines", "!data_pipelines.seqio_bridge", "molmo2_jax.inputs", "molmo2_jax.files",
+        "molmo2_jax.bars"} | BOTTOM
 ANSWERS = {"molmo2_jax", "numpy", "jax", "flax", "PIL", "av", "tokenizers", "tqdm", "absl"}
 
 ALLOWED = {
     "molmo2_jax": set(),
     "molmo2_jax.config": {"numpy"} | BOTTOM,
     "molmo2_jax.types": {"numpy"} | BOTTOM,
+    "molmo2_jax.bars": {"tqdm"},
     "molmo2_jax.flops": BOTTOM,
     "molmo2_jax.hlo": {"numpy"},
     "molmo2_jax.sharding": DEVICES,

@@ -6,7 +6,6 @@ transformers installed, what it makes of the folder is compared with ours too, i
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple

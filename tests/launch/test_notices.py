@@ -2,6 +2,7 @@
 
 import http.server
 import threading
+import time
 
 import pytest
 
@@ -17,7 +18,8 @@ def metadata(monkeypatch):
         def do_GET(self):
             key = self.path.partition("?")[0].rpartition("/")[2]
             asked.append((key, self.path, self.headers["Metadata-Flavor"]))
-            quiet = {"maintenance-event": "NONE", "preempted": "FALSE"}[key]
+            first = values.get("first", {}).get(key)
+            quiet = first or {"maintenance-event": "NONE", "preempted": "FALSE"}[key]
             late = sum(name == key for name, *_ in asked) > 2
             if late and key not in values:
                 closing.wait()  # nothing changes, so the server does not answer
@@ -50,3 +52,25 @@ def test_a_notice_makes_one_signal(key, value, metadata, capfd):
     assert f"the machine's {key} is {value}" in capfd.readouterr().err
     paths = [path for name, path, flavour in asked if name == key and flavour == "Google"]
     assert len(paths) == 3 and "last_etag=0" in paths[0] and "last_etag=abc" in paths[1]
+
+
+def test_a_notice_of_maintenance_that_was_there_before_the_run_makes_no_signal(metadata, capfd):
+    """Else a run that saved because of it and was started again would do nothing else."""
+    values, asked = metadata
+    values["first"] = {"maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE"}
+    acted = threading.Semaphore(0)
+    notices.listen(acted.release)
+    until = time.monotonic() + 60
+    while sum(key == "maintenance-event" for key, *_ in asked) < 3:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert not acted.acquire(timeout=0.2) and "from the start: going on" in capfd.readouterr().err
+
+
+def test_a_notice_of_maintenance_after_an_earlier_one_is_over_makes_a_signal(metadata):
+    values, _ = metadata
+    values["first"] = {"maintenance-event": "NONE"}
+    values["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    acted = threading.Semaphore(0)
+    notices.listen(acted.release)
+    assert acted.acquire(timeout=60)

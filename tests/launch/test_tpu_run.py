@@ -15,13 +15,17 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ["tpu_run.sh", "tpu_worker.sh", "environment.sh", "test.sh", "quickstart.sh"]
 
-# Machines are folders $CLOUD/machines/NODE/WORKER, each the home of its machine; $CLOUD/states holds the
-# states that the queued resource will be in, one a line, the last one for good.
+# Machines are folders $CLOUD/machines/NODE/WORKER, $WORKERS of a node, each the home of its machine.
+# $CLOUD/states holds the states that the queued resource will be in, one a line, the last one for good.
+# $CLOUD/faults/CALL holds what becomes of the next calls of a kind, one a line: "-" works, "preempt N" takes
+# the machines away, which the queued resource notices N looks later, "cut N" ends a connection after N bytes,
+# "retry N" also repeats the call, as gcloud does, and "STATUS TEXT" fails. CALL is create, describe, delete,
+# tpu-vm_describe, scp, ssh or a word of tpu_worker.sh.
 GCLOUD = r"""#!/usr/bin/env bash
 echo "$*" >>"$CLOUD/calls"
 if [[ -f "$CLOUD/no_login" ]]; then echo "ERROR: (gcloud) your login has expired" >&2; exit 1; fi
 shift 2
-what="$1 $2" name="$3" command="" worker=all nodes=() files=()
+what="$1 $2" name="$3" command="" worker=all nodes=() fault=-
 for word in "$@"; do
   case "$word" in
     --worker=*) worker="${word#*=}" ;; --command=*) command="${word#*=}" ;;
@@ -29,31 +33,74 @@ for word in "$@"; do
     --node-count=*) for ((i = 0; i < ${word#*=}; i++)); do nodes+=("$i"); done ;;
   esac
 done
+call="${what#queued-resources }" call="${call/tpu-vm s/s}" call="${call// /_}"
+[[ "$command" != *tpu_worker.sh* ]] || { call="${command#*tpu_worker.sh }" && call="${call%% *}"; }
+exec 8>>"$CLOUD/lock"
+flock 8
+if [[ -s "$CLOUD/faults/$call" ]]; then
+  fault="$(head -n 1 "$CLOUD/faults/$call")"
+  sed -i 1d "$CLOUD/faults/$call"
+fi
+exec 8>&-
+take_away() {
+  touch "$CLOUD/preempted"
+  for ((i = 0; i < $1; i++)); do echo ACTIVE; done >"$CLOUD/states"
+  echo SUSPENDED >>"$CLOUD/states"
+  mv "$CLOUD/machines" "$CLOUD/gone"
+  kill_jobs "$CLOUD/gone"
+  rm -rf "$CLOUD/gone"
+}
+kill_jobs() {
+  for pid in "$1"/*/*/job/job/pid; do
+    [[ ! -f "$pid" ]] || kill -KILL -- "-$(<"$pid")" 2>/dev/null
+  done
+}
+[[ "$call $fault" != "delete -" ]] || kill_jobs "$CLOUD/machines"
+case "$fault" in
+  - | cut* | retry*) ;;
+  preempt*) take_away "${fault#* }" && exit 255 ;;
+  *) echo "${fault#* }" >&2 && exit "${fault%% *}" ;;
+esac
 case "$what" in
   "queued-resources create")
     if [[ -f "$CLOUD/create_problem" ]]; then cat "$CLOUD/create_problem" >&2; exit 1; fi
-    for node in "${nodes[@]}"; do mkdir -p "$CLOUD/machines/${prefix:+$prefix-}$node"/{0,1}; done
-    printf 'WAITING_FOR_RESOURCES\nACTIVE\n' >"$CLOUD/states" ;;
+    for node in "${nodes[@]}"; do
+      for ((i = 0; i < ${WORKERS:-2}; i++)); do mkdir -p "$CLOUD/machines/${prefix:+$prefix-}$node/$i"; done
+    done
+    printf '%s\n' ${STATES:-WAITING_FOR_RESOURCES ACTIVE} >"$CLOUD/states" ;;
   "queued-resources describe")
     if [[ ! -f "$CLOUD/states" ]]; then echo "NOT_FOUND: no such resource" >&2; exit 1; fi
+    if [[ "$*" == *failedData* ]]; then cat "$CLOUD/reason" 2>/dev/null; exit; fi
     head -n 1 "$CLOUD/states"
     if (($(wc -l <"$CLOUD/states") > 1)); then sed -i 1d "$CLOUD/states"; fi ;;
-  "queued-resources delete") rm -rf "$CLOUD/states" "$CLOUD/machines" ;;
-  "tpu-vm describe") if [[ -d "$CLOUD/machines/$name" ]]; then echo READY; else exit 1; fi ;;
+  "queued-resources delete") rm -rf "$CLOUD/states" "$CLOUD/machines" "$CLOUD/preempted" ;;
+  "tpu-vm describe")
+    if [[ -f "$CLOUD/preempted" ]]; then echo PREEMPTED; exit; fi
+    if [[ -d "$CLOUD/machines/$name" ]]; then echo READY; else echo "NOT_FOUND: no node" >&2; exit 1; fi ;;
   "tpu-vm scp")
     for folder in "$CLOUD/machines/${5%%:*}"/*; do cp "$3" "$4" "$folder/${5#*:}"; done ;;
   "tpu-vm ssh")
-    [[ "$worker" == all ]] && worker='*'
-    for folder in "$CLOUD/machines/$name"/$worker; do
-      [[ -d "$folder" ]] || exit 255
-      run=(env -u MOLMO2_PYTHON "HOME=$folder" "WORKER=${folder##*/}" bash -c "$command")
-      if [[ "$command" == *attach* && "$worker" == 1 ]] && rm "$CLOUD/drop" 2>/dev/null; then
-        (cd "$folder" && timeout 0.7 "${run[@]}")
-        touch "$CLOUD/dropped"
-        exit 255
+    workers="$worker"
+    case "$worker" in all) workers='*' ;; *-*) workers="$(eval "echo {${worker/-/..}}")" ;; esac
+    outputs="$(mktemp -d -p "$CLOUD")" jobs=()
+    cd "$CLOUD/machines/$name" 2>/dev/null || exit 255
+    status=0
+    for one in $workers; do
+      [[ -d "$one" ]] || { status=255; continue; }
+      run=(env -u MOLMO2_PYTHON "HOME=$PWD/$one" "WORKER=$one" bash -c "cd && $command")
+      if [[ "$fault" == cut* || "$fault" == retry* ]]; then
+        "${run[@]}" | head -c "${fault#* }"
+        [[ "$fault" == retry* ]] || exit 255
       fi
-      (cd "$folder" && "${run[@]}") || exit $?
-    done ;;
+      if [[ "$workers" == "$one" ]]; then "${run[@]}"; exit $?; fi
+      "${run[@]}" >"$outputs/$one" 2>"$outputs/$one.errors" & jobs+=("$!" "$one")
+    done
+    for ((i = 0; i < ${#jobs[@]}; i += 2)); do
+      wait "${jobs[i]}" || status=$?
+      cat "$outputs/${jobs[i + 1]}"; cat "$outputs/${jobs[i + 1]}.errors" >&2
+    done
+    rm -rf "$outputs"
+    exit "$status" ;;
   *) echo "gcloud stub knows no $what" >&2; exit 1 ;;
 esac
 """
@@ -62,7 +109,14 @@ if [[ "$2" == venv ]]; then mkdir -p "$3/bin"; ln -s "$(type -P true)" "$3/bin/p
 """
 KUBECTL = """#!/bin/bash
 echo "$*" >>"$CLOUD/calls"
-if [[ "$1" == apply ]]; then cat >"$CLOUD/applied.yaml"; fi
+case "$1 $2" in
+  "get jobset") cat "$CLOUD/jobset.json" 2>/dev/null ;;
+  "get pods") echo "job-slice-0-0 Running" ;;
+  "logs --follow") echo "[pod/job-slice-0-0/worker] step 1" ;;
+  delete*) rm -f "$CLOUD/jobset.json" ;;
+  apply*) cat >"$CLOUD/applied.yaml" ;;
+esac
+exit 0
 """
 WHERE = ["--name=job", "--zone=here-a", "--project=mine"]
 SLICE = [*WHERE, "--type=v5p-16", "--version=v2"]
@@ -75,7 +129,8 @@ class Cloud:
         self.folder = folder
         self.code = folder / "code"
         for name in ("launch/tpu_run.sh", "launch/tpu_worker.sh", "launch/environment.sh",
-                     "molmo2_jax/chips.py"):
+                     "launch/__init__.py", "molmo2_jax/__init__.py", "molmo2_jax/chips.py",
+                     *(f"launch/{path.name}" for path in (ROOT / "launch").glob("tpu_*.py"))):
             (self.code / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.code / name)
         subprocess.run(["git", "init", "-q", str(self.code)], check=True)
@@ -85,7 +140,8 @@ class Cloud:
             (folder / "bin" / name).chmod(0o755)
         self.environment = os.environ | {
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "CLOUD": str(folder), "STOP_SECONDS": "120",
-            "TPU_RUN_POLL_SECONDS": "0.1", "MOLMO2_PYTHON": sys.executable}
+            "TPU_RUN_POLL_SECONDS": "0.1", "LIBTPU_LOCKFILE": str(folder / "lock"),
+            "RETRY_SECONDS": "0", "MOLMO2_PYTHON": sys.executable}
 
     def start(self, *arguments):
         return subprocess.Popen(["bash", f"{self.code}/launch/tpu_run.sh", *arguments], env=self.environment,
@@ -100,6 +156,11 @@ class Cloud:
     def job(self, shell, *arguments):
         """Runs a line of shell as the job of a slice of two machines."""
         return self.run(*SLICE, *arguments, "--", "bash", "-c", shell)
+
+    def fails(self, call, *fates):
+        """Decides what becomes of the next calls of a kind; see GCLOUD."""
+        (self.folder / "faults").mkdir(exist_ok=True)
+        (self.folder / "faults" / call).write_text("".join(f"{fate}\n" for fate in fates))
 
     def calls(self, words=""):
         path = self.folder / "calls"
@@ -152,7 +213,8 @@ def test_calling_again_goes_on_with_what_is_there(cloud):
     second = cloud.run(*SLICE, *again)
     assert second.returncode == 0 and len(cloud.calls("queued-resources create")) == 1
     assert second.out.count("code is up to date") == 2 and second.out.count("on the disk") == 2
-    assert (cloud.folder / "setup").read_text().split() == ["0", "1"] * 2  # before each start
+    setup = (cloud.folder / "setup").read_text().split()  # before each start
+    assert sorted(setup[:2]) == sorted(setup[2:]) == ["0", "1"]
 
 
 def test_a_script_that_is_ended_leaves_the_job_running_and_another_call_follows_it(cloud):
@@ -161,6 +223,7 @@ def test_a_script_that_is_ended_leaves_the_job_running_and_another_call_follows_
     begun = cloud.folder / "begun"
     first = cloud.start(*SLICE, "--", "bash", "-c", shell)
     wait_for(lambda: begun.exists() and len(begun.read_text().split()) == 4)
+    wait_for(lambda: len(cloud.calls("attach")) == 2)
     first.send_signal(signal.SIGTERM)
     _, error = first.communicate()
     assert first.returncode == 1 and "the command goes on" in error
@@ -246,15 +309,18 @@ def test_without_spot_lost_machines_end_the_script(cloud):
     assert len(cloud.calls("queued-resources create")) == 1
 
 
-def test_a_dropped_connection_is_made_again_and_no_line_is_lost_or_repeated(cloud):
-    (cloud.folder / "drop").touch()
-    done = cloud.job('for i in 1 2 3; do echo "line $i"; done; until test -f "$CLOUD/dropped"; do '
-                     'sleep 0.1; done; for i in 4 5 6; do echo "line $i"; done')
+@pytest.mark.parametrize("fates", [
+    ["retry 30", "-"], ["retry 150", "-"], ["cut 60", "255 ssh: connection reset", "cut 130", "cut 10"]])
+def test_a_broken_connection_is_made_again_and_no_line_is_lost_or_repeated(cloud, fates):
+    cloud.fails("attach", *fates)
+    done = cloud.job('for i in 1 2 1 2 3 4; do echo "line $i"; echo; echo same; done; printf "no end"')
     assert done.returncode == 0, done.err
-    assert "the connection to job/1 broke" in done.err
+    wanted = [text for i in (1, 2, 1, 2, 3, 4) for text in (f"line {i}", "", "same")] + ["no end"]
     for worker in "01":
-        assert [line for line in done.out.splitlines() if line.startswith(f"[job/{worker}] line")] == [
-            f"[job/{worker}] line {i}" for i in range(1, 7)]
+        shown = [line for line in done.out.splitlines() if line.startswith(f"[job/{worker}]")]
+        assert [line.partition(" ")[2] for line in shown] == wanted
+        log = cloud.folder / "runs" / "logs" / "job" / f"job-{worker}.log"
+        assert log.read_text() == "".join(f"{text}\n" for text in wanted[:-1]) + "no end"
 
 
 def test_a_command_that_saved_is_started_again_on_the_same_machines(cloud):
@@ -291,7 +357,7 @@ def test_slices_are_nodes_of_one_queued_resource(cloud):
     (cloud.folder / "machines" / "job-1" / "1").rename(cloud.folder / "taken")
     (cloud.folder / "machines" / "job-1" / "1").touch()
     lost = cloud.run("status", "--name=job")
-    assert lost.returncode == 1 and lost.out.split() == ["ended", "0"] * 3 + ["lost"]
+    assert lost.returncode == 1 and lost.out.split() == ["ended", "0"] * 3 + ["unreachable"]
     assert cloud.run("delete", "--name=job").returncode == 0
     assert "--zone must be given" in cloud.run("status", "--name=job").err  # nothing is left of it
 
@@ -349,7 +415,8 @@ def test_the_same_job_as_a_jobset(cloud):
     assert cloud.run(*arguments).returncode == 0
     assert (cloud.folder / "applied.yaml").read_text() == shown.out
     assert cloud.run("delete", "--name=job").returncode == 0
-    assert cloud.calls() == ["apply --filename=-", "delete jobset job --ignore-not-found"]
+    assert cloud.calls() == ["get jobset job --ignore-not-found --output=json", "apply --filename=-",
+                             "delete jobset job --ignore-not-found --wait"]
 
 
 @pytest.mark.parametrize("arguments, words", [
