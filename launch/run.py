@@ -240,7 +240,7 @@ def _check_all_read(bound: dict[_Key, Any], operative: dict[_Key, Any]) -> None:
 
 
 _gin_run_config = gin.external_configurable(RunConfig, module="launch.run")
-# gin's own readers know one folder only, and fail where the current folder has a `gin_configs`. They read files
-# in the encoding of the locale, a byte order mark as part of the text.
+# gin's own readers know one folder only, and fail where the current folder has a `gin_configs`. They read
+# files in the encoding of the locale, a byte order mark as part of the text.
 gin.config._FILE_READERS[:] = [
     (lambda path: places.gin_file(path).open(encoding="utf-8-sig"), places.gin_file)]
