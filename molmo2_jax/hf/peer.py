@@ -80,12 +80,13 @@ def _grids(one: types.Sequence, config: config_lib.Molmo2Config, is_video: bool)
 
 
 def logits(model, sequences: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> list[np.ndarray]:
-    """Returns float32[T, V] logits of each sequence, all computed side by side.
+    """Returns [T, V] logits of each sequence in the model's dtype, all computed side by side.
 
     A config with causal visual attention, or whose visual features replace the embedding of `<im_patch>`, is
     obeyed: without mm_token_type_ids transformers is causal, and what is added to a row of zeros replaces it.
     """
-    given = arguments(sequences, config)
+    given = {name: value.to(model.dtype) if value.is_floating_point() else value
+             for name, value in arguments(sequences, config).items()}
     if config.visual_attention == "causal":
         given["mm_token_type_ids"] = None
     replaced = [config.special_id("<im_patch>")] if config.visual_merge == "replace" else []
