@@ -76,8 +76,15 @@ def has_ended(pid):
         return True
 
 
+def ignores(pid, number):
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    [mask] = [line.split()[1] for line in status.splitlines() if line.startswith("SigIgn:")]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_signals_to_the_group_are_not_for_workers_which_end_with_their_parent(start):
     process, pids = start()
+    wait_for(lambda: all(ignores(pid, signal.SIGTERM) for pid in pids))  # the second one may still start
     for pid in pids:
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGINT)

@@ -278,3 +278,19 @@ def test_an_empty_annotation_file_is_one_sentence(refused, tmp_path, world):
     message = refused(f"--gin_file={world[0]}", f"--workdir={tmp_path / 'run'}",
                       f"--gin=pipeline.DataConfig.train = ('{folder}',)")
     assert "0 bytes" in message and str(folder) in message
+
+
+@pytest.mark.parametrize("value, hosts, folder", [
+    (None, 1, "~/.cache/molmo2_jax/programs"), (None, 2, "WORKDIR/programs"), ("/mnt/mine", 2, "/mnt/mine"),
+    ("", 2, None)])
+def test_compiled_programs_of_several_hosts_are_where_all_read(value, hosts, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.jax, "process_count", lambda: hosts)
+    before = train.jax.config.jax_compilation_cache_dir
+    train.jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        with flagsaver.flagsaver(compilation_cache=value):
+            train._keep_programs(tmp_path)
+        found = train.jax.config.jax_compilation_cache_dir
+    finally:
+        train.jax.config.update("jax_compilation_cache_dir", before)
+    assert found == (folder and os.path.expanduser(folder.replace("WORKDIR", str(tmp_path))))
