@@ -454,8 +454,8 @@ def test_local_processes_know_their_number(cloud):
 
 
 def test_a_local_process_that_fails_ends_the_others(cloud):
-    shell = ('if [[ $MOLMO2_HOSTS == *,1 ]]; then '
-             'until [[ -f "$CLOUD/up" ]]; do sleep 0.1; done; exit 3; fi; trap "exit 75" TERM; touch "$CLOUD/up"; while true; do sleep 0.1; done')
+    shell = ('if [[ $MOLMO2_HOSTS == *,1 ]]; then until [[ -f "$CLOUD/up" ]]; do sleep 0.1; done; '
+             'exit 3; fi; trap "exit 75" TERM; touch "$CLOUD/up"; while true; do sleep 0.1; done')
     done = cloud.run("--local=2", "--", "bash", "-c", shell)
     assert done.returncode == 3 and "process 0 ended with status 75" in done.err
 
