@@ -330,8 +330,8 @@ def test_a_command_that_saved_is_started_again_on_the_same_machines(cloud):
 
 
 def test_a_command_that_fails_stops_the_others_and_its_status_is_passed_on(cloud):
-    shell = ('trap "exit 75" TERM; touch "$CLOUD/on$WORKER"; '
-             'while true; do [[ $WORKER == 1 && -f "$CLOUD/on0" ]] && exit 3; sleep 0.1; done')
+    shell = ('if [[ $WORKER == 1 ]]; then until [[ -f "$CLOUD/up" ]]; do sleep 0.1; done; exit 3; fi; '
+             'trap "exit 75" TERM; touch "$CLOUD/up"; while true; do sleep 0.1; done')
     done = cloud.job(shell)
     assert done.returncode == 3 and "failed with status 3" in done.err
     assert cloud.run("status", *WHERE).out.splitlines() == ["ended 75", "ended 3"]
@@ -454,8 +454,8 @@ def test_local_processes_know_their_number(cloud):
 
 
 def test_a_local_process_that_fails_ends_the_others(cloud):
-    shell = ('trap "exit 75" TERM; touch "$CLOUD/on${MOLMO2_HOSTS##*,}"; '
-             'while true; do [[ $MOLMO2_HOSTS == *,1 && -f "$CLOUD/on0" ]] && exit 3; sleep 0.1; done')
+    shell = ('if [[ $MOLMO2_HOSTS == *,1 ]]; then until [[ -f "$CLOUD/up" ]]; do sleep 0.1; done; '
+             'exit 3; fi; trap "exit 75" TERM; touch "$CLOUD/up"; while true; do sleep 0.1; done')
     done = cloud.run("--local=2", "--", "bash", "-c", shell)
     assert done.returncode == 3 and "process 0 ended with status 75" in done.err
 
