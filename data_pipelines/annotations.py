@@ -70,7 +70,7 @@ class Annotation:
     prompt: takes the place of the question. weight: takes the place of that of the recipe.
     """
     type: ClassVar[str]
-    prompt: str | None = None
+    prompt: str | Mapping[str, str] | None = None
     weight: types.LossWeight | None = None
 
 

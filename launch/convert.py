@@ -94,7 +94,7 @@ def verify() -> None:
     if _AGAINST.value:
         source = trained.load(_AGAINST.value)
         original = hf_verify.Original(source.params, source.model, source.inputs, source.tokenizer)
-    logits_to = _LOGITS_TO.value and pathlib.Path(_LOGITS_TO.value)
+    logits_to = pathlib.Path(_LOGITS_TO.value) if _LOGITS_TO.value else None
     checks = hf_verify.verify(folder, original, _LOGITS.value, _AS.value == "vllm", logits_to)
     print(hf_verify.table(checks))
     if any(check.status == "FAIL" for check in checks):

@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import re
+from typing import Any
 
 from launch import tpu_cloud
 from launch import tpu_slice
@@ -20,7 +21,9 @@ _KEPT = ("type", "zone", "project", "slices", "jobset", "iap", "internal_ips", "
 
 class Options(dict):
     """The flags by name, with underscores; "" or [] for those not given. Also `action` and `command`."""
-    __getattr__ = dict.__getitem__
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
 
 
 def fail(text: str):

@@ -31,8 +31,9 @@ def storage_cause(error: BaseException | None) -> str:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if type(error).__module__ == "builtins" and getattr(error, "errno", None) in _STORAGE:
-            return os.strerror(error.errno)
+        number = getattr(error, "errno", None) if type(error).__module__ == "builtins" else None
+        if number in _STORAGE:
+            return os.strerror(number)
         if isinstance(error, ValueError):
             words = map(os.strerror, _STORAGE) if re.match("[A-Z_]{4,}: ", str(error)) else ()
             return next((cause for cause in words if cause in str(error)), "")

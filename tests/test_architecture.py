@@ -56,7 +56,7 @@ ALLOWED = {
     "molmo2_jax.throughput": {"numpy", "molmo2_jax.flops", "molmo2_jax.chips"} | BOTTOM,
     "molmo2_jax.metrics": TRAINING | {"tqdm", "tensorboardX", "wandb"},
     "molmo2_jax.checkpoint": TRAINING | {"grain"},  # the position in the data is saved by grain
-    "molmo2_jax.hf": DEVICES | {"molmo2_jax", "safetensors", "ml_dtypes", "tokenizers"},
+    "molmo2_jax.hf": DEVICES | {"etils", "molmo2_jax", "safetensors", "ml_dtypes", "tokenizers"},
     "molmo2_jax.hf.peer": DEVICES | {"torch", "transformers"},  # what others make of our folders
     "molmo2_jax.render": {"numpy", "PIL", "av", "molmo2_jax.inputs", "molmo2_jax.render"} | BOTTOM,
     "molmo2_jax.generate": ANSWERS,

@@ -108,7 +108,7 @@ _MISSING: dict[Score, Callable[..., str]] = {_points: points.missing, _track: tr
 
 # Which scores an answer to this kind of annotation counts for, by their names; None: it has no score.
 SCORES: dict[type[annotations.Annotation],
-             Callable[[annotations.Annotation, types.Media], dict[str, Score]] | None] = {
+             Callable[..., dict[str, Score]] | None] = {   # (annotation, media) ->
     annotations.Points: _of_points,
     annotations.Tracks: lambda annotation, media: {"track": _track},
     annotations.Count: lambda annotation, media: {"count": _count},

@@ -231,7 +231,7 @@ def _pixels(patches: np.ndarray) -> np.ndarray:
 
 
 def _write_logits(path: pathlib.Path, cases: dict, ours: dict[str, np.ndarray]) -> str:
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for kind, (one, stills) in cases.items():
         arrays |= {f"{kind}/tokens": one.tokens, f"{kind}/logits": ours[kind]}
         arrays |= {f"{kind}/still {number}": still for number, still in enumerate(stills)}

@@ -8,6 +8,8 @@ and exported is loaded in the ways it came with.
 import os
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from molmo2_jax import files as files_lib
 from molmo2_jax.hf import processor
 
@@ -19,7 +21,7 @@ JSON_FILES = ("config.json", processor.IMAGE_FILE, processor.VIDEO_FILE, process
 class Code(NamedTuple):
     """`auto_maps` of JSON files by file name, and the Python files of a folder."""
     auto_maps: dict[str, Any]
-    files: tuple[os.PathLike, ...]
+    files: tuple[epath.Path, ...]
 
 
 def read(folder: str | os.PathLike | None) -> Code:
@@ -50,12 +52,12 @@ def _files(auto_map: Any) -> list[str]:
 
 def write(code: Code, folder: str | os.PathLike) -> None:
     """Copies the files into a folder and adds the auto_maps to its JSON files, or to new ones."""
-    folder = files_lib.path(folder)
+    target = files_lib.path(folder)
     if not code.auto_maps:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     for file in code.files:
-        file.copy(folder / file.name, overwrite=True)
+        file.copy(target / file.name, overwrite=True)
     for name, auto_map in code.auto_maps.items():
-        values = processor.read_json(folder / name) if (folder / name).is_file() else {}
-        processor.write_json(folder / name, values | {"auto_map": auto_map})
+        values = processor.read_json(target / name) if (target / name).is_file() else {}
+        processor.write_json(target / name, values | {"auto_map": auto_map})

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import av
 import numpy as np
@@ -244,11 +245,11 @@ def _joints(rows: Sequence[tuple], stream) -> list[tuple[int, int]]:
     """
     if not stream.container.format.flags & Flags.ts_discont.value or any(row[0] is None for row in rows):
         return []
-    back, jump = -BACK_SECONDS / stream.time_base, JUMP_SECONDS / stream.time_base
+    back, jump = (float(seconds / stream.time_base) for seconds in (-BACK_SECONDS, JUMP_SECONDS))
     known = np.array([place for place, row in enumerate(rows) if row[6] is not None], np.int64)
-    steps = np.diff(np.array([row[6] for row in rows if row[6] is not None], np.int64))
+    steps: Any = np.diff(np.array([row[6] for row in rows if row[6] is not None], np.int64))
     is_key = np.array([rows[place][2] for place in known[1:]], bool)
-    is_joint = (steps < float(back)) | (steps > float(jump)) | ((steps <= 0) & is_key)
+    is_joint = (steps < back) | (steps > jump) | ((steps <= 0) & is_key)
     places = known[1:][is_joint].tolist()
     frame = int(1 / (stream.average_rate or stream.guessed_rate or FALLBACK_FPS) / stream.time_base)
     joints, shift = [], 0
