@@ -1,5 +1,7 @@
 """The train step and the loop around it.
 
+B rows, T positions, D width of the decoder.
+
 Source: paper, section 3.3; reference: olmo/train/trainer.py.
 """
 

@@ -1,7 +1,7 @@
 """Attention of answers that are being written: one new token each, over a shared prompt and its own past.
 
-B rows, Q answers per row, T prompt tokens, S slots of an answer, N query heads, K key heads, G query heads
-per key head, H head width.
+L layers, B rows, Q answers per row, T prompt tokens, S slots of an answer, t = T + S, N query heads, K key
+heads, G query heads per key head, H head width.
 """
 
 import jax

@@ -2,8 +2,8 @@
 
 Memory grows with S, work with the number of visible tiles. The default on CPU and the fallback elsewhere.
 
-B batch, T queries and S keys (whole tiles), K key heads, G query heads per key head, H head width, Q query
-tiles, t tile length, g = G*t rows of one query tile (all heads that share a key head at once).
+B batch, T queries and S keys (whole tiles), N query heads, K key heads, G query heads per key head, H head
+width, Q query tiles, t tile length, g = G*t rows of one query tile (all heads that share a key head at once).
 """
 
 import functools

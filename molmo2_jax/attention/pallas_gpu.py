@@ -2,6 +2,8 @@
 
 The same lists of tiles as on a TPU, one program per row of a list: tiles that nobody needs are not visited,
 and the mask of the others is made in registers from two integers per key.
+
+B rows, T queries, S keys, N query heads, K key heads, H head width.
 """
 
 from jax.experimental import pallas as pl

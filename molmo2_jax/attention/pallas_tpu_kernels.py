@@ -3,7 +3,7 @@
 The grid is (key heads, words of the work list). One step computes one tile for all query heads of a key head.
 
 B rows, K key heads, G query heads per key head, T queries, S keys, H head width; q, k lengths of a query and
-of a key tile, g = G*q.
+of a key tile, g = G*q; R rows and C columns of any block in fast memory.
 """
 
 import functools

@@ -16,7 +16,8 @@ An example with two visual tokens v around a timestamp t, and two branches a, b 
     b    x x x . . x .
     b    x x x . . x x
 
-B batch, S positions, Q query tiles, K key tiles.
+B batch, S positions, Q query tiles, K key tiles, k length of a key tile; R rows and C columns of a table of
+tiles.
 
 Source: paper, section 3.2; reference: olmo/models/molmo2/molmo2.py, which builds the S x S mask.
 """

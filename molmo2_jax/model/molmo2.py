@@ -1,7 +1,7 @@
 """Molmo2: a ViT sees crops, a connector pools patches into visual tokens, a decoder reads them among text.
 
 B rows, T tokens, M crops, P patches, C values per patch, A width of the ViT's tapped layers, R visual
-tokens, W slots per window, D width, V base vocabulary.
+tokens, W slots per window, D width, V base vocabulary, E rows of the second table.
 
 Source: paper, figure 2 and section 3.1; reference: olmo/models/molmo2/molmo2.py.
 """
@@ -52,10 +52,10 @@ def zero_patch_row(initializer):
     return draw
 
 
-def freeze_patch_row(table_ND):
+def freeze_patch_row(table_ED):
     """Returns the second table; no gradient flows into the row of `<im_patch>`."""
-    is_frozen_N1 = (jnp.arange(table_ND.shape[0]) == PATCH_ROW)[:, None]
-    return jnp.where(is_frozen_N1, jax.lax.stop_gradient(table_ND), table_ND)
+    is_frozen_E1 = (jnp.arange(table_ED.shape[0]) == PATCH_ROW)[:, None]
+    return jnp.where(is_frozen_E1, jax.lax.stop_gradient(table_ED), table_ED)
 
 
 class Molmo2(nn.Module):
