@@ -77,15 +77,15 @@ def scores(folder: pathlib.Path, world: str) -> dict[str, float]:
     tokenizer = tokenizers.Tokenizer.from_file(ROOT / "assets/nano", model.text.vocab_size)
     answered = []
     for example in sources.read_jsonl(folder / world / "heldout" / "annotations.jsonl"):
-        _, view = media.see(example, model, inputs, tokenizer)
-        right = formats.format_example(example, frames_or_sizes=view, train=False,
-                                       rng=np.random.default_rng(0))
+        _, seen = media.see(example, model, inputs, tokenizer)
+        right = formats.format_example(example, media=seen, rng=np.random.default_rng(0),
+                                       asking=formats.PLAIN)
         texts = {id(example.annotations[number]): branch.turns[-1]
                  for number, branch in zip(right.annotations, right.branches)}
-        for question in questions.ask(example, view):
+        for question in questions.ask(example, seen):
             text = texts[id(question.about)]
             text = text.translate(WRONG) if len(answered) % 3 == 2 else text
-            answered.append(evaluate.Answered(example=example, view=view, question=question,
+            answered.append(evaluate.Answered(example=example, media=seen, question=question,
                                               answer=generate.Answer(text=text)))
     return questions.score(answered)
 
