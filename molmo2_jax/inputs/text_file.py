@@ -26,7 +26,8 @@ def read(path: str | os.PathLike) -> str:
     Raises:
       ValueError: as `decode`. OSError: the file cannot be read.
     """
-    return decode(pathlib.Path(path).read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+    file: Any = path if hasattr(path, "read_bytes") else pathlib.Path(path)  # a path of etils may be remote
+    return decode(file.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: str | os.PathLike) -> Any:
