@@ -21,6 +21,8 @@ from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
 from molmo2_jax.model import molmo2
 
+ITEMS = ("state", "data", "sums")   # a step that lacks one is incomplete
+
 
 class _DataHandler(grain.checkpoint.CheckpointHandler):
     """Saves an iterator per process, and restores those that another number of processes saved.
@@ -83,11 +85,11 @@ class Manager:
                     "sums": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
-    def steps(self, items: tuple[str, ...] = ("state", "data", "sums")) -> list[int]:
+    def steps(self, items: tuple[str, ...] = ITEMS) -> list[int]:
         """Returns the steps that hold all `items`, oldest first; others are reported and passed over."""
         complete = []
         for step in sorted(self._manager.all_steps()):
-            missing = [item for item in items if not files.has_content(self._folder / str(step) / item)]
+            missing = _missing(self._folder, step, items)
             if missing:
                 logging.warning("checkpoint %d is incomplete, passing it over: no %s", step, missing)
             else:
@@ -223,10 +225,14 @@ def _complete_steps(folder) -> list[int]:
     """Returns the steps on disk that hold all items, oldest first; needs no Manager."""
     try:
         numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-        return [step for step in numbers
-                if all(files.has_content(folder / str(step) / item) for item in ("state", "data", "sums"))]
+        return [step for step in numbers if not _missing(folder, step, ITEMS)]
     except OSError:
         return []
+
+
+def _missing(folder, step: int, items: tuple[str, ...]) -> list[str]:
+    """Returns which items a step in the folder of checkpoints lacks."""
+    return [item for item in items if not files.has_content(folder / str(step) / item)]
 
 
 def save_params(workdir: str, params) -> None:

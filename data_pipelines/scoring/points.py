@@ -45,8 +45,8 @@ def target(annotation: annotations.Points, media: types.Media) -> PointTarget:
     Raises:
       ValueError: a point has no mask, see `missing`.
     """
-    if missing(annotation):
-        raise ValueError(missing(annotation))
+    if why := missing(annotation):
+        raise ValueError(why)
     found, shapes = [], []
     for point in annotation.points:
         x, y = annotations.relative(annotation, point, media)

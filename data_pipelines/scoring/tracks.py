@@ -62,8 +62,8 @@ def target(annotation: annotations.Tracks, media: types.Media) -> TrackTarget:
     Raises:
       ValueError: a visible point has no mask, see `missing`.
     """
-    if missing(annotation):
-        raise ValueError(missing(annotation))
+    if why := missing(annotation):
+        raise ValueError(why)
     fps, (width, height) = annotation.fps, media.sizes[0]
     frames: dict[int, dict] = {}
     shapes: dict[int, dict] = {}
