@@ -1,9 +1,9 @@
-"""Which of two objects does a model point at? The share that is the asked one, and how near the points are.
+"""Measures how often a model points at the requested one of two objects, and how near its points are.
 
   python -m benchmarks.binding --model=runs/quickstart [--examples=100]
 
 Draws scenes of the quickstart's world with two objects, asks for each by name, and compares every answer with
-both objects. 0.5 is chance: a model that finds objects and does not know which one is meant.
+both objects. 0.5 is chance: a model that finds objects but does not know which one is meant.
 """
 
 import dataclasses
@@ -14,22 +14,23 @@ from absl import app
 from absl import flags
 
 from data_pipelines import sources
-from data_pipelines import synthetic
-from launch import questions
-from launch import trained
+from data_pipelines.world import config as world_config
+from data_pipelines.world import write as world_write
+from launch.support import questions
+from launch.support import trained
 from molmo2_jax import evaluate
 from molmo2_jax import generate
 
 _MODEL = flags.DEFINE_string("model", "assets/nano", "Work directory of a run, or a Hugging Face folder.")
 _EXAMPLES = flags.DEFINE_integer("examples", 100, "Scenes of each kind of medium.")
-SEED = 12345   # of the scenes; the quickstart's worlds have other seeds
+SEED = 12345   # of the scenes; differs from those of the quickstart's worlds
 MAX_NEW_TOKENS = 48
 
 
-def world(image_share: float) -> synthetic.WorldConfig:
-    """Returns scenes of two objects about which nothing is asked but where each of them is."""
+def world(image_share: float) -> world_config.WorldConfig:
+    """Returns scenes of two objects whose only questions ask where each of them is."""
     return dataclasses.replace(
-        synthetic.quickstart_world(), objects=(2, 2), object_rates=(), image_share=image_share,
+        world_config.quickstart_world(), objects=(2, 2), object_rates=(), image_share=image_share,
         image_set_share=0.0, phrases=("colour_kind",), branches=(2, 2), annotations=(("points", 1.0),),
         point_modes=("bare",))
 
@@ -56,9 +57,9 @@ def main(_) -> None:
     print("|---|---|---|---|---|")
     for medium, image_share in (("stills", 1.0), ("clips", 0.0)):
         with tempfile.TemporaryDirectory() as folder:
-            path = synthetic.write(folder, world(image_share), SEED, _EXAMPLES.value, split="two",
-                                   has_masks=False, progress=False)
-            result = evaluate.evaluate(answerer, sources.read_jsonl(path), questions.ask, lambda _: {},
+            path = world_write.write(folder, world(image_share), SEED, _EXAMPLES.value, split="two",
+                                     has_masks=False, progress=False)
+            result = evaluate.evaluate(answerer, sources.examples(path.parent), questions.ask, lambda _: {},
                                        rows=16, title=medium)
         away = distances(list(result.answered))
         print(f"| {medium} | {len(away)} | {(away[:, 0] < away[:, 1]).mean():.3f} "

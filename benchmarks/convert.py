@@ -1,9 +1,9 @@
-"""Peak host memory of import and export, as a share of the model: a random checkpoint of more than 2 GB.
+"""Peak host memory of import and export relative to the model, for a random checkpoint of more than 2 GB.
 
   python -m benchmarks.convert [--folder=/tmp/convert]
 
-Each stage runs in a process of its own, which reports by how much its resident memory rose above what it was
-after its imports. Export starts from parameters in memory, which count; they are the model.
+Each stage runs in its own process, which reports how much its resident memory grew after its imports. Export
+starts with the parameters in memory, and these count.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def model():
 
 
 def resident(field: str) -> int:
-    """Returns bytes of this process: VmRSS now, VmHWM at most so far."""
+    """Returns bytes of this process: VmRSS (current), VmHWM (peak so far)."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -68,7 +68,7 @@ def import_to_memory(folder: pathlib.Path, dtype: str = "float32") -> None:
 def import_onto_devices(folder: pathlib.Path) -> None:
     import jax
 
-    from launch import trained
+    from launch.support import trained
     from molmo2_jax import sharding
     assert len(jax.devices()) == 8
     assert trained.load(folder / "hf", mesh=sharding.make_mesh(sharding.MeshConfig(fsdp=8))).params
@@ -103,7 +103,7 @@ STAGES = {
 
 
 def run_stage(name: str, folder: pathlib.Path) -> None:
-    """Runs a stage and prints what it took as JSON."""
+    """Runs a stage and prints its memory use as JSON."""
     import math
 
     import jax
@@ -113,7 +113,7 @@ def run_stage(name: str, folder: pathlib.Path) -> None:
     from molmo2_jax.hf import weights
     count = sum(math.prod(leaf.shape) for leaf in weights.abstract_params(model()).values())
     np.asarray(jax.numpy.zeros(1) + 1)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells at length what it does
+    logging.set_verbosity(logging.WARNING)  # Orbax logs at length
     function, size = STAGES[name]
     before, start = resident("VmRSS"), time.monotonic()
     function(folder)

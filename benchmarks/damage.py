@@ -1,4 +1,4 @@
-"""Whole media files, damaged copies of them, and what comes of reading those, in a process that may die."""
+"""Valid media files, damaged copies of them, and the outcome of reading those in a process that may crash."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.inputs import video_file
 
 CPU_SECONDS = 10.0     # more is a hang
-WALL_SECONDS = 240.0   # then the reading process is killed: other work may be running on the same cores
+WALL_SECONDS = 240.0   # then the reading process is killed; long, because other work may share the cores
 MEMORY_MIB = 1024      # how much the reading process may grow
 ADDRESS_SPACE = 8 * 2**30
 
@@ -96,7 +96,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def _place(data: bytearray, rng) -> int:
-    """Returns a place; half of them in what describes the pixels rather than in the pixels."""
+    """Returns a position in the file, half of the time in the metadata rather than in the pixels."""
     moov = data.find(b"moov")
     start, stop = (moov, len(data)) if moov > len(data) // 2 else (0, min(len(data), 1500))
     if rng.random() < 0.5:
@@ -143,7 +143,7 @@ _DAMAGES = (_bytes, _bits, _number, _number, _gap, _insertion, _repetition, _end
 
 
 def _repair_sums(data: bytearray) -> None:
-    """Makes the check sums of a PNG's chunks right again, so that the damage gets past them."""
+    """Recomputes the checksums of a PNG's chunks, so that the damage is not caught by them."""
     place = 8
     while place + 12 <= len(data):
         length = struct.unpack(">I", data[place:place + 4])[0]
@@ -154,11 +154,11 @@ def _repair_sums(data: bytearray) -> None:
         place = end + 4
 
 
-# Reading, in a process of its own
+# Reading, in a separate process
 
 
 def read_all() -> None:
-    """Reads the paths that come on standard input; for each answers with a line of JSON."""
+    """Reads the files whose paths arrive on standard input, and prints a line of JSON for each."""
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     model = configs.nano()
     inputs = configs.InputConfig(max_frames=8, overlap_margins=(1, 1), max_read_seconds=WALL_SECONDS)
@@ -171,11 +171,11 @@ def read_all() -> None:
         try:
             crops, _ = media.see(example, model, inputs, tokenizer)
             outcome = "crops" if crops.patches.dtype == np.uint8 and len(crops.patches) else "nothing"
-        except media.image.MediaError as error:
+        except media.pixels_lib.MediaError as error:
             outcome, reason = ("error" if path in str(error) else "nameless error"), str(error)
         except ValueError as error:
             outcome, reason = "other error", repr(error)
-        except Exception as error:  # the point: any other exception is a broken rule
+        except Exception as error:  # any other exception breaks a rule
             outcome, reason = "exception", repr(error)
         print(json.dumps({"outcome": outcome, "reason": reason, "seconds": time.process_time() - start,
                           "peak": _peak_mib()}), flush=True)
@@ -187,7 +187,7 @@ def _peak_mib() -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a file: crops, error, or a broken rule; CPU seconds; growth of memory so far, MiB."""
+    """Outcome of a file: crops, error, or a broken rule; CPU seconds; growth of memory so far, MiB."""
     kind: str
     reason: str = ""
     seconds: float = 0.0
@@ -199,7 +199,7 @@ class Outcome:
 
 
 class Reading:
-    """The process that reads. One that dies or hangs is replaced."""
+    """The reading process; it is replaced if it crashes or hangs."""
 
     def __init__(self):
         self._process = None
@@ -209,7 +209,7 @@ class Reading:
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from benchmarks import damage; damage.read_all()"], text=True, bufsize=1,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": root})  # PYTHONSAFEPATH may keep the current folder out
+            env=os.environ | {"PYTHONPATH": root})  # PYTHONSAFEPATH may exclude the current folder
         first = self._process.stdout.readline()
         if not first:
             raise RuntimeError(f"the reading process must start; it ended with {self._process.wait()}")
@@ -218,7 +218,7 @@ class Reading:
     def read(self, path: pathlib.Path) -> Outcome:
         if self._process is None:
             self._start()
-        with contextlib.suppress(BrokenPipeError):  # of a process that died: no answer comes
+        with contextlib.suppress(BrokenPipeError):  # of a crashed process, which does not answer
             self._process.stdin.write(f"{path}\n")
         with selectors.DefaultSelector() as ready:
             ready.register(self._process.stdout, selectors.EVENT_READ)
@@ -241,7 +241,7 @@ class Reading:
 
 
 def outcomes(count: int, seed: int, folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, Outcome]]:
-    """Yields (damaged file, what became of it); the file is gone at the next step."""
+    """Yields (damaged file, outcome); the file is deleted at the next iteration."""
     whole = folder / "whole"
     whole.mkdir(parents=True)
     files = whole_files(whole)

@@ -1,11 +1,11 @@
-"""Sampled frames per second and core of our reader, torchcodec and decord, on the same films in one run.
+"""Sampled frames per second and core of our reader, torchcodec and decord, on the same videos in one run.
 
   python -m benchmarks.decode [--folder=/tmp/films] [--rows=360] [--keys=12] [--seconds=10] [--repeats=2]
 
 Each film is opened, sampled at 2 frames/s (at most 128 frames, evenly spaced) and decoded to RGB at full
 size; then the frames are resized to 378 x 378 by the model's rule: ours in numpy, the others' with torch. One
-thread each, CPU time, turn and turn about; the best of the repeats counts. decord is told the numbers of the
-frames. A peer that is not installed is left out, and the table says so:
+thread each, CPU time, in alternation; the best of the repeats counts. decord is given frame numbers. A peer
+that is not installed is left out, and the table says so:
 
   pip install torchcodec==0.11.1 decord      # and FFmpeg 4 .. 8: apt-get install libavdevice59
 """
@@ -20,7 +20,7 @@ from absl import app
 from absl import flags
 
 from benchmarks import films
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import pixels as pixels_lib
 from molmo2_jax.inputs import video
 
 _FOLDER = flags.DEFINE_string("folder", "/tmp/molmo2_films", "Where films are kept (1.2 GB for all).")
@@ -53,7 +53,7 @@ def _decord(path, seconds, numbers):
 
 def _resized(pixels):
     for picture in pixels:
-        image.resize(picture, SIDE, SIDE)
+        pixels_lib.resize(picture, SIDE, SIDE)
 
 
 def _resized_by_torch(pixels):
@@ -65,7 +65,7 @@ def _resized_by_torch(pixels):
 
 
 def readers() -> tuple[dict[str, tuple[Read, Callable]], list[str]]:
-    """Returns {name: (reader, resizer)} of those that work here, and a line on each that does not."""
+    """Returns {name: (reader, resizer)} of the readers that work here, and a line about each other one."""
     found, missing = {"ours": (_ours, _resized)}, []
     for name, read in (("torchcodec", _torchcodec), ("decord", _decord)):
         try:
@@ -84,7 +84,7 @@ def measure(path: pathlib.Path, peers: dict) -> tuple[int, dict[str, tuple[float
     seconds = video.sample_seconds(index.duration, MAX_FRAMES)
     numbers, times, equal = video.frames_at(index, seconds), {}, True
     expected = None
-    for read, resize in peers.values():  # what each sets up once is not timed
+    for read, resize in peers.values():  # one-time setup is not timed
         resize(read(path, seconds[:1], numbers[:1]))
     for _ in range(_REPEATS.value):
         for name, (read, resize) in peers.items():

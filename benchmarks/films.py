@@ -1,4 +1,4 @@
-"""Films for the benchmarks, drawn and encoded once: H.264 of about the bit rates of videos on the web."""
+"""Videos for the benchmarks, drawn and encoded once: H.264 at about the bit rates of videos on the web."""
 
 import functools
 import pathlib
@@ -18,7 +18,7 @@ QUALITY = {360: "26", 720: "28", 1080: "28"}  # x264's crf: 0.5 .. 5 Mbit/s with
 
 
 def scenes(rows: int, count: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yields uint8[rows, columns, 3]: eight things that cross a grainy, softly panned ground."""
+    """Yields uint8[rows, columns, 3]: eight objects that cross a grainy, slowly panned background."""
     rng, columns = np.random.default_rng(seed), SIZES[rows]
     ground = Image.fromarray(rng.integers(0, 256, (rows // 24, columns // 24, 3), dtype=np.uint8))
     ground = np.asarray(ground.resize((columns + 128, rows + 128), Image.Resampling.BICUBIC), np.int16)
@@ -75,7 +75,7 @@ def write(path, rows: int, keys: int, seconds: int) -> None:
 
 
 def film(folder: pathlib.Path, rows: int, keys: int, seconds: int) -> pathlib.Path:
-    """Returns the path of a film in `folder`, drawn if it is not there yet."""
+    """Returns the path of a video in `folder`, drawn if it does not exist yet."""
     path = folder / f"{rows}p_{keys}_{seconds}s.mp4"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Reads 2,000 damaged mp4, jpeg and png files; counts what came of them, and the worst times and memory.
+"""Reads 2,000 damaged mp4, jpeg and png files; counts outcomes, and reports the worst times and memory.
 
   python -m benchmarks.fuzz [--count=2000] [--seed=0] [--keep=folder]
 
 Each file must give crops or an error that names it: no crash, at most 10 CPU seconds, bounded memory. A
-second process reads them, so that a crash is an outcome like others. Exit status 1: a rule was broken.
+second process reads them, so that a crash is one of the outcomes. Exit status 1: a rule was broken.
 """
 
 import collections

@@ -1,13 +1,20 @@
 """Prefill and decoding against transformers.generate on the same checkpoints, in one run; prints ratios.
 
   python -m benchmarks.generate [--size=tiny --size=small] [--threads=1] [--new_tokens=32]
+  python -m benchmarks.generate --what=weights --what=roofline
+  XLA_FLAGS=--xla_force_host_platform_device_count=4 python -m benchmarks.generate --what=mesh --size=tiny
 
-Both sides answer greedily in float32 and may not stop early; whether they say the same is part of the table.
-Prefill is media and prompt to first token; decoding the rest. With one thread, processor time is measured:
-other programs on the machine disturb it little. With more threads it is wall time. The fastest of
---repeats interleaved runs counts. Needs torch and transformers.
+All answers are greedy and cannot stop early; the tables say whether they are equal. Prefill is from media and
+prompt to the first token; decoding is the rest. With one thread, CPU time is measured, which other programs
+on the machine disturb little; with more threads, wall time. The fastest of --repeats interleaved runs counts.
+Needs torch and transformers.
+
+--what=transformers: both sides in float32. weights: ours in float32, bfloat16 and 8 bits. roofline: a step of
+decoding against reading the matrices that it reads, and against their products with a vector, all in turn.
+mesh: pretend devices, which share the processor: the tokens count, not the times.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -21,6 +28,8 @@ from absl import flags
 from benchmarks import peer
 from molmo2_jax import config as config_lib
 from molmo2_jax import decode
+from molmo2_jax import sharding
+from molmo2_jax import state
 from molmo2_jax import types
 from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.model import molmo2
@@ -28,9 +37,12 @@ from tests import packs
 
 SIZES = {"tiny": config_lib.nano, "small": peer.small}
 _SIZES = flags.DEFINE_multi_enum("size", list(SIZES), list(SIZES), "Model; may be repeated.")
+_WHAT = flags.DEFINE_multi_enum("what", ["transformers"], ["transformers", "weights", "roofline", "mesh"],
+                                "Table; may be repeated.")
 _THREADS = flags.DEFINE_integer("threads", 1, "Processor cores and threads of each side.", lower_bound=1)
 _NEW = flags.DEFINE_integer("new_tokens", 32, "Length of the answers.", lower_bound=2)
 _REPEATS = flags.DEFINE_integer("repeats", 4, "Timed runs of each side.", lower_bound=1)
+_CASES = flags.DEFINE_multi_string("case", [], "Prompts, such as text; may be repeated. Default: all.")
 FRAMES, WORDS = 8, 20  # of a video prompt
 NEVER = -1             # no token ends an answer
 Run = Callable[[], tuple[float, float, np.ndarray]]  # seconds of prefill, seconds of decoding, tokens
@@ -46,7 +58,8 @@ def cases(config: config_lib.Molmo2Config) -> dict[str, tuple[types.Batch, list,
             for name, prompts in alone.items()}
     tree, last = sequences.ask(clips[0], [(" red" * words,) for words in asked], peer.tokenizer_of(config))
     shared = [peer.question(config, clips[0], words) for words in asked]
-    return rows | {"4 questions, 1 video": (peer.batch_of([tree], config), [last], shared)}
+    rows |= {"4 questions, 1 video": (peer.batch_of([tree], config), [last], shared)}
+    return {name: row for name, row in rows.items() if name in (_CASES.value or rows)}
 
 
 def ours(model: molmo2.Molmo2, params, batch: types.Batch, last) -> Run:
@@ -83,12 +96,12 @@ def theirs(model, prompts: list[types.Sequence], config: config_lib.Molmo2Config
 
 
 def clock() -> float:
-    """Returns seconds: of the processor with one thread, of the wall with more."""
+    """Returns seconds: CPU time with one thread, wall time with more."""
     return time.process_time() if _THREADS.value == 1 else time.perf_counter()
 
 
 def fastest(runs: list[Run]) -> list[tuple[float, float, np.ndarray]]:
-    """Returns for each side its least seconds of prefill and of decoding, and its tokens."""
+    """Returns the least seconds of prefill and of decoding of each side, and its tokens."""
     for run in runs:
         run()  # compiles, warms up
     times: list[list] = [[] for _ in runs]
@@ -99,29 +112,120 @@ def fastest(runs: list[Run]) -> list[tuple[float, float, np.ndarray]]:
 
 
 def compare(size: str) -> None:
-    """Prints a line per case of one model."""
+    """Prints a line per case of one model, ours against transformers."""
     config = SIZES[size]()
     params = packs.random_params(config)
     peer_model = peer.exported(params, config)
     model, params = molmo2.Molmo2(config, remat="none"), decode.ready(params, "float32")
-    name = f"{size}, {peer.num_parameters(config) / 1e6:.1f}M"
     for case, (batch, last, prompts) in cases(config).items():
         mine, other = fastest([ours(model, params, batch, last), theirs(peer_model, prompts, config)])
         rate = [len(prompts) * (_NEW.value - 1) / side[1] for side in (mine, other)]
-        same = (mine[2] == other[2]).mean()
-        print(f"| {name} | {case} | {sum(len(one.tokens) for one in prompts)} | {1e3 * mine[0]:.0f} | "
-              f"{1e3 * other[0]:.0f} | {other[0] / mine[0]:.2f} | {rate[0]:.0f} | {rate[1]:.0f} | "
-              f"{rate[0] / rate[1]:.2f} | {same:.0%} |", flush=True)
+        row(name_of(size), case, sum(len(one.tokens) for one in prompts), f"{1e3 * mine[0]:.0f}",
+            f"{1e3 * other[0]:.0f}", f"{other[0] / mine[0]:.2f}", f"{rate[0]:.0f}", f"{rate[1]:.0f}",
+            f"{rate[0] / rate[1]:.2f}", f"{(mine[2] == other[2]).mean():.0%}")
+
+
+def name_of(size: str) -> str:
+    return f"{size}, {peer.num_parameters(SIZES[size]()) / 1e6:.1f}M"
+
+
+def row(*cells) -> None:
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def compare_weights(size: str) -> None:
+    """Prints a line per dtype and case of one model; tokens are compared with those of float32."""
+    config = SIZES[size]()
+    params = packs.random_params(config)
+    kinds = [(dtype, weights) for dtype in ("float32", "bfloat16") for weights in (None, "int8")]
+    held = [decode.ready(params, dtype, weights=weights) for dtype, weights in kinds]
+    for case, (batch, last, _) in cases(config).items():
+        made = fastest([ours(molmo2.Molmo2(config, dtype=dtype, remat="none"), one, batch, last)
+                        for (dtype, _), one in zip(kinds, held)])
+        for (dtype, weights), one, (prefill, seconds, tokens) in zip(kinds, held, made):
+            size_of = sum(leaf.nbytes for leaf in jax.tree.leaves(one))
+            row(name_of(size), case, " + ".join(filter(None, (dtype, weights))), f"{size_of / 1e6:.0f}",
+                f"{1e3 * prefill:.0f}", f"{len(tokens) * (_NEW.value - 1) / seconds:.0f}",
+                f"{(tokens == made[0][2]).mean():.0%}")
+
+
+def roofline(size: str) -> None:
+    """Prints the bytes per second of a step of one row, and of what the machine can do with its matrices."""
+    config = SIZES[size]()
+    params = decode.ready(packs.random_params(config), "float32")
+    kernels = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+               for path, leaf in jax.tree_util.tree_leaves_with_path({"text": params["text"]})
+               if path[-1].key == "kernel"}
+    inputs = [math.prod(one.shape[axis] for axis in range(1 + name.endswith("o/kernel")))
+              for name, one in kernels.items()]
+    matrices = [one.reshape(count, -1) for one, count in zip(kernels.values(), inputs)]
+    matrices.append(params["base_embedding"].T if config.text.tied_head else params["head"])
+    vectors = {one.shape[0]: jax.numpy.ones((1, one.shape[0])) for one in matrices}
+    total = jax.jit(lambda matrices: sum(one.sum() for one in matrices))
+    products = jax.jit(lambda matrices, vectors: sum((vectors[one.shape[0]] @ one).max() for one in matrices))
+    prompts = [peer.question(config, None, 150)]
+    batch, last = peer.batch_of(prompts, config), [[len(prompts[0].tokens) - 1]]
+    decoding = ours(molmo2.Molmo2(config, remat="none"), params, batch, last)
+
+    def timed(function, *given) -> Run:
+        def run():
+            start = clock()
+            jax.block_until_ready(function(*given))
+            return 0.0, clock() - start, np.zeros(0)
+        return run
+
+    sums, multiplied, whole = fastest([timed(total, matrices), timed(products, matrices, vectors), decoding])
+    size_of = sum(one.nbytes for one in matrices)
+    for what, seconds in (("sums of the matrices", sums[1]), ("products with a vector", multiplied[1]),
+                          ("a step of decoding", whole[1] / (_NEW.value - 1))):
+        row(name_of(size), what, f"{size_of / 1e6:.0f}", f"{1e3 * seconds:.2f}",
+            f"{size_of / seconds / 1e9:.1f}", f"{sums[1] / seconds:.0%}")
+
+
+def compare_meshes(size: str) -> None:
+    """Prints a line per mesh and case of one model; tokens are compared with those of one device."""
+    config = SIZES[size]()
+    params, model, first = packs.random_params(config), molmo2.Molmo2(config, remat="none"), {}
+    sizes = ({}, {"tensor": 2}, {"data": 2}, {"fsdp": 2}, {"context": 2}, {"tensor": 4},
+             {"data": 2, "tensor": 2})
+    for one in sizes:
+        if math.prod(one.values()) > jax.device_count():
+            raise app.UsageError("set XLA_FLAGS=--xla_force_host_platform_device_count=4")
+        mesh = sharding.mesh_of_first(sharding.MeshConfig(**{"fsdp": 1} | one))
+        layout = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_params(model, mesh))
+        held = decode.ready(params, "float32", shardings=layout)
+        for case, (batch, last, _) in cases(config).items():
+            if len(batch.tokens) % (mesh.shape["data"] * mesh.shape["fsdp"]):
+                continue  # fewer rows than devices that share them
+            batch = jax.tree.map(sharding.distribute, batch, sharding.of_batch(mesh, batch))
+            with sharding.using(mesh):
+                _, seconds, tokens = ours(model, held, batch, last)()
+            first.setdefault(case, tokens)
+            row(name_of(size), " x ".join(f"{axis} {count}" for axis, count in one.items()) or "one device",
+                case, f"{(tokens == first[case]).mean():.0%}")
+
+
+TABLES = {
+    "transformers": (compare, ("model", "prompts", "tokens", "prefill, ms", "theirs", "ratio",
+                               "decode, tokens/s", "theirs", "ratio", "same tokens")),
+    "weights": (compare_weights, ("model", "prompts", "computation + weights", "parameters, MB",
+                                  "prefill, ms", "decode, tokens/s", "same tokens")),
+    "roofline": (roofline, ("model", "what", "MB read", "ms", "GB/s", "of the sums")),
+    "mesh": (compare_meshes, ("model", "mesh", "prompts", "same tokens")),
+}
 
 
 def main(_) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-_THREADS.value:])  # before the first device call
     torch.set_num_threads(_THREADS.value)
-    print(f"{_NEW.value} new tokens, {_THREADS.value} thread(s), float32, {jax.default_backend()}")
-    print("| model | prompts | tokens | prefill, ms | theirs | ratio | decode, tokens/s | theirs | "
-          "ratio | same tokens |\n|" + "---|" * 10)
-    for size in _SIZES.value:
-        compare(size)
+    print(f"{_NEW.value} new tokens, {_THREADS.value} thread(s), {jax.default_backend()}")
+    for what in _WHAT.value:
+        table, columns = TABLES[what]
+        print()
+        row(*columns)
+        print("|" + "---|" * len(columns))
+        for size in _SIZES.value:
+            table(size)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Kills a run of several processes again and again, and compares what it becomes with one that was let alone.
+"""Kills a run of several processes repeatedly, and compares its result with that of an uninterrupted run.
 
   python benchmarks/kills.py --kills=10 --folder=/tmp/kills
 
-Real processes joined by jax.distributed train a nano model on drawn clips, on four devices in all. They are
-killed (-9), all of them or one of them, at random moments and while a checkpoint is written, and started
-again, also as another number of processes. Metrics, data positions and every array must then be those of the
-run that was let alone, bit for bit; the exit status says so.
+Processes joined by jax.distributed train a nano model on drawn clips, on four devices in all. All or one of
+them are killed (-9), at random moments and while a checkpoint is written, and started again, also with
+another number of processes. Metrics, data positions and every array must then equal those of the
+uninterrupted run bit for bit; otherwise the exit status is not 0.
 """
 
 import argparse
@@ -24,11 +24,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = 4
 BINDINGS = (f"pipeline.DataConfig.batch_rows = {DEVICES}", f"pipeline.DataConfig.streams = {DEVICES}",
             "train.TrainConfig.keep = 2")
-LIMIT = 240  # seconds within which every wait must end, unless a run is given its own
+LIMIT = 240  # seconds; default limit of every wait
 
 
 class Run:
-    """One work directory, trained by any number of processes one after the other."""
+    """One work directory, trained by varying numbers of processes in turn."""
 
     def __init__(self, gin_file, workdir, bindings=(), limit=LIMIT):
         self.workdir, self.processes, self._limit = pathlib.Path(workdir), [], limit
@@ -41,7 +41,7 @@ class Run:
         return self.workdir.with_suffix(".log")
 
     def xla_flags(self, count: int) -> str:
-        """Returns the setting with which each of `count` processes holds its part of DEVICES devices."""
+        """Returns the setting that gives each of `count` processes its part of DEVICES devices."""
         return (f"{os.environ.get('XLA_FLAGS', '')} "
                 f"--xla_force_host_platform_device_count={DEVICES // count} "
                 "--xla_backend_optimization_level=0")  # most of the time is compilation
@@ -61,13 +61,17 @@ class Run:
                 for index in range(count)]
 
     def finish(self) -> None:
-        """Waits for the processes. Raises RuntimeError with the end of the log if one of them fails."""
+        """Waits for the processes.
+
+        Raises:
+          RuntimeError: one of them failed; the message is the end of its log.
+        """
         codes = self.wait()
         if any(codes):
             raise RuntimeError(f"all processes must end with 0; got {codes}\n{self.log.read_text()[-4000:]}")
 
     def close(self) -> None:
-        """Ends what is still running."""
+        """Kills the processes that are still running."""
         for process in self.processes:
             process.kill()
             process.wait()
@@ -86,7 +90,11 @@ class Run:
             assert process.wait() == -signal.SIGKILL, self.log.read_text()[-4000:]
 
     def until(self, happens) -> None:
-        """Waits for happens(); RuntimeError if a process ends before that."""
+        """Waits until happens() is true.
+
+        Raises:
+          RuntimeError: a process ended before that.
+        """
         limit = time.monotonic() + self._limit
         while not happens():
             if any(process.poll() is not None for process in self.processes) or time.monotonic() > limit:
@@ -94,7 +102,7 @@ class Run:
             time.sleep(0.003)
 
     def is_saving(self, after: int) -> bool:
-        """Returns whether a checkpoint behind step `after` is being written, not left over by a kill."""
+        """Returns whether a checkpoint after step `after` is being written, not left over from a kill."""
         with contextlib.suppress(FileNotFoundError):
             return any(int(path.name.split(".")[0]) > after and path.stat().st_mtime > self._started
                        for path in (self.workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
@@ -139,7 +147,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds that any wait may take")
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
-    bindings = (f"train.TrainConfig.steps = {24 + 12 * options.kills}",)  # no run ends before it is killed
+    bindings = (f"train.TrainConfig.steps = {24 + 12 * options.kills}",)  # no run may finish unkilled
     gin = draw(options.folder)
     alone, killed = (Run(gin, options.folder / name, bindings, options.limit) for name in ("alone", "killed"))
     try:
@@ -158,7 +166,7 @@ def main() -> None:
 
 
 def kill_often(killed: Run, kills: int, rng: random.Random) -> None:
-    """Starts the run `kills` times, as 1, 2 or 4 processes, and kills it each time; prints what was done."""
+    """Starts the run `kills` times, as 1, 2 or 4 processes, and kills it each time; prints each attempt."""
     print("processes  killed         at step  saved then")
     for _ in range(kills):
         count, during_save, one = rng.choice((1, 2, 4)), rng.random() < 0.5, rng.random() < 0.3

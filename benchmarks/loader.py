@@ -1,8 +1,8 @@
-"""Rows and frames per second of the data pipeline with no, one and two worker processes, and where time goes.
+"""Rows and frames per second of the data pipeline with 0, 1 and 2 worker processes, and its time by stage.
 
   python -m benchmarks.loader [--folder=/tmp/molmo2_films] [--rows=24] [--frames=32]
 
-The data set: films of 360 and 720 lines and stills, each with three questions, in the recipe's geometry
+The data set: videos of 360 and 720 lines and images, each with three questions, in the recipe's geometry
 (crops of 378 x 378 pixels). Shares are of CPU time, taken without workers, each stage without those it calls.
 """
 
@@ -22,9 +22,10 @@ from PIL import Image
 from benchmarks import films
 from data_pipelines import pipeline
 from molmo2_jax import config as configs
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import crops as crops_lib
 from molmo2_jax.inputs import packers
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import pixels as pixels_lib
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.inputs import sequence
 from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.inputs import video
@@ -34,12 +35,12 @@ _ROWS = flags.DEFINE_integer("rows", 24, "Rows measured of each setting.")
 _FRAMES = flags.DEFINE_integer("frames", 32, "Most frames of a film.")
 ROW_TOKENS, ROW_CROPS, WARM_ROWS = 8192, 64, 1
 STAGES = {  # name in the table: what is timed
-    "decode": [(video, "read"), (image, "load")],
-    "resize": [(image, "resize")],
-    "crops": [(image, "crops_of_frames"), (image, "crops_of_images")],
+    "decode": [(video, "read"), (pixels_lib, "load")],
+    "resize": [(pixels_lib, "resize")],
+    "crops": [(crops_lib, "crops_of_frames"), (crops_lib, "crops_of_images")],
     "tokenise": [(tokenizers.Tokenizer, "encode"), (sequence, "build"), (sequence, "truncate")],
     "pack": [(packers.Packer, "push")],
-    "copy": [(packing, "join"), (packing, "stack")],
+    "copy": [(rows_lib, "join"), (rows_lib, "stack")],
 }
 
 
@@ -63,7 +64,7 @@ def data_set(folder: pathlib.Path) -> str:
 
 
 class Stages:
-    """CPU seconds of each stage, without the stages that it calls."""
+    """CPU seconds of each stage, excluding the stages that it calls."""
 
     def __init__(self):
         self.seconds = dict.fromkeys(STAGES, 0.0)

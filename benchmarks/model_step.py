@@ -9,10 +9,10 @@ Four batches, float32, weighted cross-entropy, gradients of all parameters, no o
   takes the tree mask as a dense array;
 - a longer row: the same with twelve videos, still a fraction of the 16,384 tokens of a row in training;
 - annotations: our packed row against the same conversations as transformers can hold them without tree masks,
-  each with its video in a row of its own, padded to the longest. Here the losses are not the same sum in the
-  same order, and the ratio counts work that trees save.
+  each with its video in a row of its own, padded to the longest. Here the losses are summed in
+  another order, and the ratio includes the work that trees save.
 
-With one thread, processor time is measured; with more, wall time. The fastest of --repeats interleaved steps
+With one thread, CPU time is measured; with more, wall time. The fastest of --repeats interleaved steps
 counts. Needs torch and transformers.
 """
 
@@ -32,7 +32,7 @@ from molmo2_jax import config as config_lib
 from molmo2_jax import loss
 from molmo2_jax import types
 from molmo2_jax.attention import tree_mask
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.model import molmo2
 from tests import packs
@@ -59,10 +59,10 @@ def trees(config: config_lib.Molmo2Config, videos: int) -> tuple[list[types.Sequ
 
 
 def packed(held: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> types.Batch:
-    """Returns one row that holds the sequences without padding."""
+    """Returns one row with the sequences and no padding."""
     T, M, R = (sum(len(getattr(one, name)) for one in held) for name in ("tokens", "patches", "pooled"))
     shape = types.RowShape(T=T, M=M, R=R, W=math.prod(config.connector.video_window))
-    return packing.stack([packing.join(held, shape, held[0].patches.shape[1:])])
+    return rows_lib.stack([rows_lib.join(held, shape, held[0].patches.shape[1:])])
 
 
 def our_step(model: molmo2.Molmo2, params, batch: types.Batch) -> Callable[[], float]:
@@ -77,14 +77,14 @@ def our_step(model: molmo2.Molmo2, params, batch: types.Batch) -> Callable[[], f
 
 
 def their_step(model, batch: types.Batch, held: Sequence[types.Sequence], config) -> Callable[[], float]:
-    """Returns a step on a Batch whose mask is handed over as a dense array."""
+    """Returns a step on a Batch whose mask is passed as a dense array."""
     seen = np.asarray(tree_mask.dense(tree_mask.from_batch(batch, config.visual_attention)))
     hidden = torch.from_numpy(np.where(seen, 0, np.finfo(np.float32).min).astype(np.float32))[:, None]
     return _their_step(model, batch, peer.video_arguments(held, config) | {"attention_mask": hidden})
 
 
 def their_rows(model, held: Sequence[types.Sequence], config) -> Callable[[], float]:
-    """Returns a step on one sequence per row; transformers makes the mask of the kinds of tokens."""
+    """Returns a step on one sequence per row; transformers builds the mask from token types."""
     batch = peer.batch_of(held, config)
     arguments = {"attention_mask": peer.whole(batch.example >= 0),
                  "mm_token_type_ids": peer.whole(batch.image >= 0)}
@@ -93,7 +93,7 @@ def their_rows(model, held: Sequence[types.Sequence], config) -> Callable[[], fl
 
 def _their_step(model, batch: types.Batch, arguments: dict) -> Callable[[], float]:
     scale = torch.from_numpy(batch.weights)
-    targets = peer.whole(np.where(batch.weights > 0, batch.targets, 0))  # visual tokens are never produced
+    targets = peer.whole(np.where(batch.weights > 0, batch.targets, 0))  # visual tokens are never targets
     arguments |= {"input_ids": peer.whole(batch.tokens), "position_ids": peer.whole(batch.positions)}
 
     def step():
@@ -122,7 +122,7 @@ def compare(name: str, mine: Callable[[], float], other: Callable[[], float], is
 
 
 def clock() -> float:
-    """Returns seconds: of the processor with one thread, of the wall with more."""
+    """Returns seconds: CPU time with one thread, wall time with more."""
     return time.process_time() if _THREADS.value == 1 else time.perf_counter()
 
 

@@ -1,20 +1,20 @@
-"""How full rows get, and what choosing them costs: our rule against the reference's, on the same streams.
+"""Fill of rows and cost of choosing them: our rule against the reference's, on the same streams.
 
   python -m benchmarks.packing --examples=4000 --seed=0 --seed=1
 
 Prints one line per stream and rule, the rules in turn within one process:
 
-  efficiency   max(tokens / T, crops / M) / rows, of the rows emitted. `limit` is what no packer can exceed on
-               the stream: an example with all crops of a row shares it with text alone
+  efficiency   max(tokens / T, crops / M) / rows, of emitted rows. `limit` is an upper bound for any packer
+               on the stream: an example with all crops of a row shares it with text alone
   tokens, crops   mean fill of rows
   examples, annotations   mean per row; annotations are drawn with the examples
   ms / row     time in the rule, thread time; ratio: to that of the table
-  table        the knapsack as the reference solves it: a full table of float32. Same rows, so times alone
+  table        the knapsack as the reference solves it, with a full float32 table. Same rows, other times
   wait         longest stay in the buffer, in rows
 
 Streams are drawn from the kinds of the recipe's mixtures (data_pipelines/tasks.py): sizes follow from the
 real tilings and frame times, durations, image sizes and lengths of texts from distributions. With --goldens
-also from the folder of recorded streams: as they are, and resampled to the length asked for.
+also from the folder of recorded streams: as they are, and resampled to --examples.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import numpy as np
 
 from molmo2_jax import config
 from molmo2_jax import types
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import crops as crops_lib
 from molmo2_jax.inputs import packers
 from molmo2_jax.inputs import video
 
@@ -70,7 +70,7 @@ def draw(rng: np.random.Generator, shares: dict[str, float], inputs: config.Inpu
 
 def _image(rng, max_crops: int, inputs) -> tuple[int, int]:
     """Returns tokens and crops of an image."""
-    rows, columns = image.tiling(*SIZES[rng.integers(len(SIZES))], max_crops, MODEL, inputs)
+    rows, columns = crops_lib.tiling(*SIZES[rng.integers(len(SIZES))], max_crops, MODEL, inputs)
     high, wide = (-(-(19 * tiles + 8) // 2) for tiles in (rows, columns))
     return 200 + high * (wide + 1), 1 + rows * columns
 
@@ -145,7 +145,7 @@ def sequence_of(size: Size) -> types.Sequence:
 
 @dataclasses.dataclass(frozen=True)
 class _Timed:
-    """A rule that adds up the time it takes."""
+    """A rule that records the time it takes."""
     rule: packers.Rule
     times: list[float] = dataclasses.field(default_factory=list)
 
@@ -199,7 +199,7 @@ class Result:
 
 
 def pack(stream: Stream, rule: packers.Rule) -> Result:
-    """Returns what a rule makes of a stream, without what waits in the end."""
+    """Returns the result of a rule on a stream, without what is left in the buffer."""
     timed = _Timed(rule)
     packer, rows = packers.Packer(timed, stream.T, stream.M), []
     for number, size in enumerate(stream.sizes):
@@ -216,9 +216,9 @@ def pack(stream: Stream, rule: packers.Rule) -> Result:
 def limit(stream: Stream) -> float:
     """Returns an efficiency that no packer exceeds on an endless stream of these examples.
 
-    An example with so many crops that even the smallest visual one does not fit beside it needs a row that
-    it shares with text at most; the others need as many rows as their tokens or crops fill. And of examples
-    of more than half a row's tokens no two share one.
+    An example with so many crops that even the smallest visual one does not fit into the same row can share
+    its row only with text; the others need as many rows as their tokens or crops fill. Two examples of more
+    than half a row's tokens cannot share a row.
     """
     visual = [one for one in stream.sizes if one.crops]
     smallest = min((one.crops for one in visual), default=0)
@@ -250,7 +250,7 @@ def main() -> None:
 
 
 def _print(stream: Stream) -> None:
-    """Prints a line for each rule; ours may hold at most twice what the reference holds."""
+    """Prints a line for each rule; the buffer of ours is at most twice the reference's."""
     default = packers.OldestFirst()
     values = {"buffer": stream.buffer, "image_weight": stream.image_weight,
               "emit_full_crops_alone": stream.emit_full_crops_alone}

@@ -13,14 +13,14 @@ from molmo2_jax import types
 from molmo2_jax.hf import checkpoint
 from molmo2_jax.hf import peer
 from molmo2_jax.hf import weights
-from molmo2_jax.inputs import image
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import crops as crops_lib
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 TEXTS = ["red blue <|im_start|>user assistant 0.5 1.0 1.5 2.0"] * 4
 FRAME_RATE = 2.0
-FRAMES = ("pixel_values_videos", "video_token_pooling", "video_grids")  # what transformers knows of videos
+FRAMES = ("pixel_values_videos", "video_token_pooling", "video_grids")  # video inputs of transformers
 
 
 def small(width: int = 640, num_layers: int = 12, vocab_size: int = 16384, vision_layers: int = 8
@@ -56,11 +56,11 @@ def video(config: config_lib.Molmo2Config, frames: int, seed: int = 0) -> types.
     """Returns random frames as the input pipeline lays them out."""
     pixels = np.random.default_rng(seed).integers(0, 256, (frames, 90, 120, 3)).astype(np.uint8)
     view = types.Frames(pixels, np.arange(frames) / FRAME_RATE, 120, 90, frames / FRAME_RATE, FRAME_RATE)
-    return image.crops_of_frames(view, config, config_lib.InputConfig(), tokenizer_of(config))
+    return crops_lib.crops_of_frames(view, config, config_lib.InputConfig(), tokenizer_of(config))
 
 
 def question(config: config_lib.Molmo2Config, crops: types.Crops | None, num_words: int) -> types.Sequence:
-    """Returns BOS, the visual tokens and a question of so many words."""
+    """Returns BOS, the visual tokens and a question of `num_words` words."""
     return sequences.build(crops, [types.Branch(turns=(" red" * num_words,))], tokenizer_of(config))
 
 
@@ -68,7 +68,7 @@ def batch_of(held: Sequence[types.Sequence], config: config_lib.Molmo2Config) ->
     """Returns a Batch with one sequence per row and no more padding than unequal lengths need."""
     T, M, R = (max(len(getattr(one, name)) for one in held) for name in ("tokens", "patches", "pooled"))
     shape = types.RowShape(T=T, M=M, R=R, W=math.prod(config.connector.video_window))
-    return packing.stack([packing.join([one], shape, config.vision.patch_shape) for one in held])
+    return rows_lib.stack([rows_lib.join([one], shape, config.vision.patch_shape) for one in held])
 
 
 def prompt_arguments(prompts: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> dict:
@@ -79,10 +79,10 @@ def prompt_arguments(prompts: Sequence[types.Sequence], config: config_lib.Molmo
 
 
 def video_arguments(held: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> Mapping:
-    """Returns what transformers wants to know of the frames of some sequences, in their order."""
+    """Returns the video inputs of transformers for the frames of some sequences, in their order."""
     return {name: value for name, value in peer.arguments(held, config).items() if name in FRAMES}
 
 
 def whole(values) -> torch.Tensor:
-    """Returns int64 values as torch wants them."""
+    """Returns int64 values, as torch needs them."""
     return torch.from_numpy(np.ascontiguousarray(values, np.int64))

@@ -2,7 +2,7 @@
 
   python -m benchmarks.quickstart --seed=0 --seed=1 --seed=2 [--folder=runs/seeds]
 
-Each seed draws its own data, initial weights and order. Runs that are finished are read, not repeated.
+Each seed draws its own data, initial weights and order. Finished runs are read, not repeated.
 """
 
 import json
@@ -14,13 +14,13 @@ from absl import app
 from absl import flags
 
 _SEEDS = flags.DEFINE_multi_integer("seed", [0, 1, 2], "Seed of a run; may be repeated.")
-_FOLDER = flags.DEFINE_string("folder", "runs/seeds", "Where the work directories lie.")
+_FOLDER = flags.DEFINE_string("folder", "runs/seeds", "Folder of the work directories.")
 KEYS = ("video_point_f1", "image_point_f1", "count_accuracy", "track_jf", "choice_accuracy",
         "train_seconds", "total_seconds", "peak_memory_gib")
 
 
 def summary(seed: int) -> dict[str, float]:
-    """Returns the summary of a seed's run, which is made if it is not there."""
+    """Returns the summary of a seed's run, and runs it if there is none."""
     workdir = pathlib.Path(_FOLDER.value) / str(seed)
     path = workdir / "summary.json"
     if not path.exists():

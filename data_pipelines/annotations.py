@@ -1,10 +1,11 @@
-"""One class for each kind of annotation: what it holds, how it is read from JSON, and what it is relative to.
+"""One class per kind of annotation, and its reader from JSON.
 
-Attributes have the names of the JSON fields (docs/data_format.md), each of which is checked. Times are
-seconds from the start of the clip. Images count from 1. Coordinates are relative to `scale`, the coordinates
-of the right and the lower edge of the frame, or are pixels where that is None; `relative` returns fractions.
+Attributes have the names of the JSON fields (docs/data_format.md), and every field is validated. Times are
+seconds from the start of the clip. Images are numbered from 1. Coordinates are in units of `scale`, the
+coordinates of the right and the lower edge of the frame, or in pixels if `scale` is None; `relative` converts
+them to fractions.
 
-A new kind is a subclass of Annotation with rows in _READERS here, formats.ASK and scoring.suite.SCORES.
+To add a kind: a subclass of Annotation, and rows in _READERS here, formats.ASK and scoring.suite.SCORES.
 """
 
 import dataclasses
@@ -20,17 +21,17 @@ from molmo2_jax import types
 
 POINT_MODES = ("bare", "point_count", "count_point", "count")
 TRACK_MODES = ("per_frame", "start_end", "single_point")
-CLIP_TOLERANCE = 0.01   # seconds that an annotated time may lie outside its clip
-TIME_TOLERANCE = 0.01   # seconds between an annotated and a shown time that count as the same
+CLIP_TOLERANCE = 0.01   # seconds by which an annotated time may lie outside its clip
+TIME_TOLERANCE = 0.01   # seconds within which an annotated and a shown time are the same
 HIGHEST_RATE = 1000     # points per second
 
 Size = tuple[int, int]  # (width, height) in pixels
 
 
-# Points, tracks and masks are many, and travel to every worker process: named tuples pickle fastest.
+# Points, tracks and masks are numerous: named tuples are the cheapest to build and to pickle.
 
 class Point(NamedTuple):
-    """A place of object `id`, at a time of a video or in an image. `occluded` is of tracks alone."""
+    """A location of object `id`, at a time of a video or in an image. Only tracks set `occluded`."""
     id: int
     x: float
     y: float
@@ -40,12 +41,12 @@ class Point(NamedTuple):
 
     @property
     def place(self) -> int:
-        """The index of its medium in the sizes of a Media."""
+        """Returns the index of its medium in the sizes of a Media."""
         return 0 if self.image is None else self.image - 1
 
 
 class Track(NamedTuple):
-    """The points of one object; no two have the same time."""
+    """The points of one object, at distinct times."""
     id: int
     points: tuple[Point, ...]
 
@@ -65,21 +66,22 @@ class Mask(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What all kinds have. `type` is the name of the kind in JSON.
+    """Fields common to all kinds. `type` is the name of the kind in JSON.
 
-    prompt: takes the place of the question. weight: takes the place of that of the recipe.
+    prompt: replaces the question. weight: replaces the recipe's loss weight.
     """
     type: ClassVar[str]
-    prompt: str | Mapping[str, str] | None = None
+    prompt: str | Mapping[str, str] | tuple[str, ...] | None = None
     weight: types.LossWeight | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Points(Annotation):
-    """Where everything is that `label` names; without points, there is none.
+    """Locations of all objects that `label` names; no points means there are none.
 
-    sizes: of each image or of the video, if the record declares them; masks: all of the record.
-    modes: what to ask for, of POINT_MODES; each use draws one. prompt: perhaps a text for each mode.
+    sizes: of each image or of the video, if the record declares them. masks: all masks of the record.
+    modes: some of POINT_MODES; each use draws one. prompt: one text, one per mode, or several of which each
+    use draws one. prompt_share: of the uses in training that are asked with a prompt.
     """
     type: ClassVar[str] = "points"
     label: str
@@ -89,17 +91,18 @@ class Points(Annotation):
     masks: tuple[Mask, ...] = ()
     modes: tuple[str, ...] = ("bare",)
     style: str | None = None
-    prompt: str | Mapping[str, str] | None = None
+    prompt: str | Mapping[str, str] | tuple[str, ...] | None = None
+    prompt_share: float = 1.0
 
     @property
     def mode(self) -> str:
-        """The mode outside training."""
+        """Returns the mode used outside training."""
         return self.modes[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tracks(Annotation):
-    """How everything moves that `label` names; mode: one of TRACK_MODES; fps: points per second."""
+    """Trajectories of all objects that `label` names. mode: one of TRACK_MODES. fps: points per second."""
     type: ClassVar[str] = "tracks"
     label: str
     tracks: tuple[Track, ...]
@@ -112,7 +115,7 @@ class Tracks(Annotation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Count(Annotation):
-    """How many there are of what `label` names."""
+    """The number of objects that `label` names."""
     type: ClassVar[str] = "count"
     label: str
     count: int
@@ -120,7 +123,7 @@ class Count(Annotation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QA(Annotation):
-    """A free answer to a question, or to one of several wordings of it."""
+    """A free-form answer to a question, which may have several wordings."""
     type: ClassVar[str] = "qa"
     question: str | tuple[str, ...]
     answer: str
@@ -129,7 +132,7 @@ class QA(Annotation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat(Annotation):
-    """A conversation: user, model, user, model ..."""
+    """A conversation: user, model, user, model, ..."""
     type: ClassVar[str] = "chat"
     turns: tuple[str, ...]
 
@@ -150,9 +153,9 @@ class Choice(Annotation):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Caption(Annotation):
-    """A description, or several of which each use draws one; length: "long" or "short".
+    """A description, or several of which each use draws one. length: "long" or "short".
 
-    It is of the moment `time`, or of the part from `start` to `end`, or of `object`, where they are given.
+    It describes the moment `time`, the interval from `start` to `end`, or `object`, where they are given.
     """
     type: ClassVar[str] = "caption"
     text: str | tuple[str, ...]
@@ -168,7 +171,7 @@ def relative(annotation: Points | Tracks, point: Point, media: types.Media) -> t
     """Returns (x, y) of a point as fractions of the width and height of its image or frame.
 
     Raises:
-      ValueError: it lies outside, or the record declares other sizes than the media have.
+      ValueError: the point lies outside, or the declared size differs from that of the media.
     """
     size, declared = media.sizes[point.place], annotation.sizes
     if declared is not None and declared[point.place] != size:
@@ -181,9 +184,9 @@ def relative(annotation: Points | Tracks, point: Point, media: types.Media) -> t
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What the annotations of one record may refer to.
+    """The media of one record, which its annotations refer to.
 
-    clip: (start, end) in seconds. sizes: of each image or of the video; None if the record does not say.
+    clip: (start, end) in seconds. sizes: of each image or of the video; None if not declared.
     """
     num_images: int
     is_video: bool
@@ -193,11 +196,15 @@ class Scope:
 
     @property
     def has_media(self) -> bool:
-        """Whether there is a video or an image."""
+        """Returns whether there is a video or an image."""
         return self.is_video or self.num_images > 0
 
     def where(self, point: Mapping, field: str) -> tuple[float | None, int | None]:
-        """Returns (seconds from the clip's start, None) of a point or mask in a video, else (None, image)."""
+        """Returns (seconds from the clip's start, None) of a point or mask in a video, else (None, image).
+
+        Raises:
+          ValueError: the time or the image is missing, not allowed or out of range.
+        """
         if self.is_video:
             fields.require("image" not in point, f"{field}.image", "must only be given with images",
                            point.get("image"))
@@ -213,7 +220,11 @@ class Scope:
         return None, image
 
     def time(self, seconds: Any, field: str) -> float:
-        """Returns seconds from the clip's start."""
+        """Returns seconds from the clip's start.
+
+        Raises:
+          ValueError: the time lies outside the clip by more than CLIP_TOLERANCE, or is negative.
+        """
         start, end = self.clip or (0.0, math.inf)
         fields.number(seconds, field, low=0.0)
         fields.require(start - CLIP_TOLERANCE <= seconds <= end + CLIP_TOLERANCE, field,
@@ -221,7 +232,11 @@ class Scope:
         return max(float(seconds) - start, 0.0)
 
     def position(self, point: Mapping, field: str, scale, image: int = 1) -> tuple[float, float]:
-        """Returns (x, y), which must lie inside the frame as far as its size is known."""
+        """Returns (x, y) of a point in the frame.
+
+        Raises:
+          ValueError: a coordinate is missing, or outside the frame where its size is known.
+        """
         limits = scale or (self.sizes[image - 1] if self.sizes else (math.inf, math.inf))
         for axis, limit in zip("xy", limits):
             fields.require(axis in point, f"{field}.{axis}", "must be given", None)
@@ -232,10 +247,10 @@ class Scope:
 
 
 def read(value: Any, field: str, scope: Scope, shared: Mapping[str, Any]) -> Annotation:
-    """Returns the annotation of a parsed JSON object; `shared` are defaults of its record.
+    """Returns the annotation of a parsed JSON object; `shared` holds the defaults of its record.
 
     Raises:
-      ValueError: naming the field, the rule it breaks and its value.
+      ValueError: a field breaks the format; the message names the field, the rule and the value.
     """
     fields.require(isinstance(value, dict), field, "must be an object", value)
     name = value.get("type")
@@ -254,7 +269,11 @@ def read(value: Any, field: str, scope: Scope, shared: Mapping[str, Any]) -> Ann
 
 
 def read_masks(value: Any, scope: Scope) -> tuple[Mask, ...]:
-    """Returns the masks of a record, no two of the same object at the same place."""
+    """Returns the masks of a record.
+
+    Raises:
+      ValueError: a mask breaks the format, or two have the same object, time and image.
+    """
     found = tuple(_mask(mask, f"masks[{i}]", scope)
                   for i, mask in enumerate(fields.items(value, "masks", False)))
     fields.unique([(mask.id, mask.time, mask.image) for mask in found], "masks", "object, time and image")
@@ -262,7 +281,11 @@ def read_masks(value: Any, scope: Scope) -> tuple[Mask, ...]:
 
 
 def points_per_second(value: Any, field: str) -> int:
-    """Returns a rate of tracks, an integer from 1 to HIGHEST_RATE."""
+    """Returns a rate of tracks, in points per second.
+
+    Raises:
+      ValueError: it is not an integer from 1 to HIGHEST_RATE.
+    """
     fields.require(fields.is_positive_int(value) and value <= HIGHEST_RATE, field,
                    f"must be an integer from 1 to {HIGHEST_RATE}, points per second", value)
     return value
@@ -285,16 +308,18 @@ def _mask(mask, field, scope: Scope) -> Mask:
                 time=time, image=image)
 
 
-def _prompt(value, field, kind: type[Annotation]) -> str | dict[str, str]:
-    """Returns the text to ask, for points perhaps one text by mode."""
-    if kind is not Points or not isinstance(value, dict):
+def _prompt(value, field, kind: type[Annotation]) -> str | tuple[str, ...] | dict[str, str]:
+    """Returns the prompt: a text, or for points optionally several or {mode: text}."""
+    if kind is not Points:
         return fields.text(value, field)
+    if not isinstance(value, dict):
+        return fields.texts(value, field)
     fields.check_object(value, field, POINT_MODES, required=())
     return {mode: fields.text(text, f"{field}.{mode}") for mode, text in value.items()}
 
 
 def _weight(weight, field) -> types.LossWeight:
-    """A number replaces the scale and keeps both factors; an object says everything."""
+    """Returns a LossWeight. A number sets the scale and keeps both factors; an object sets all of them."""
     if not isinstance(weight, dict):
         return types.LossWeight(scale=fields.number(weight, field, low=0))
     fields.check_object(weight, field, ("scale", "by_length", "by_branches"), required=("scale",))
@@ -305,7 +330,7 @@ def _weight(weight, field) -> types.LossWeight:
 
 
 def _scale(annotation, field) -> tuple[float, float] | None:
-    """Returns the coordinates of the right and the lower edge, or None for pixels."""
+    """Returns the coordinates of the right and the lower edge; None for pixels."""
     if "scale" not in annotation:
         return None
     scale = annotation["scale"]
@@ -339,9 +364,10 @@ def _points(annotation, field, scope: Scope) -> dict[str, Any]:
     modes = mode if isinstance(mode, list) and mode else [mode]
     is_known = all(one in POINT_MODES for one in modes)
     fields.require(is_known, f"{field}.mode", f"must be one or a list of {', '.join(POINT_MODES)}", mode)
+    share = fields.number(annotation.get("prompt_share", 1), f"{field}.prompt_share", low=0, high=1)
     return {"label": _label(annotation, field), "points": tuple(points), "scale": scale,
             "modes": tuple(modes), "style": _style(annotation, field), "sizes": scope.sizes,
-            "masks": scope.masks}
+            "masks": scope.masks, "prompt_share": share}
 
 
 def _tracks(annotation, field, scope: Scope) -> dict[str, Any]:
@@ -426,9 +452,9 @@ def _caption(annotation, field, scope: Scope) -> dict[str, Any]:
     return found
 
 
-# kind: (required JSON fields, optional ones, function that checks them and returns arguments of the class)
+# kind: (required JSON fields, optional ones, function that validates them and returns the class's arguments)
 _READERS: dict[type[Annotation], tuple[Sequence[str], Sequence[str], Callable[..., dict[str, Any]]]] = {
-    Points: (("label", "points"), ("scale", "mode", "style"), _points),
+    Points: (("label", "points"), ("scale", "mode", "style", "prompt_share"), _points),
     Tracks: (("label", "tracks"), ("scale", "mode", "fps"), _tracks),
     Count: (("label", "count"), (), _count),
     QA: (("question", "answer"), ("style",), _qa),

@@ -1,18 +1,19 @@
 """From data folders to packed batches: an endless, resumable iterator.
 
-The examples of a mixture have one order; V packed streams (stream.py) read every V-th of them, and each
-gives B / V rows of every global batch. Hosts divide the streams among them. So the global batches depend
-neither on the number of worker processes nor, for the same V, on the number of hosts. A checkpoint holds the
-position of every stream; for another V the positions are divided anew, and still every example comes once.
+The examples of a mixture have one order. V packed streams (stream/rows.py) each read every V-th example and
+produce B / V rows of every global batch. The streams are split evenly across hosts. The global batches
+therefore depend neither on the number of worker processes nor, for the same V, on the number of hosts. A
+checkpoint holds the position of every stream. If V changes, the positions are redistributed, and every
+example is still read exactly once.
 
 B rows, T tokens, M crops, R visual tokens, W patches per visual token, V streams.
 """
 
 import dataclasses
 import json
+import logging
 import math
-import os
-import pathlib
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,32 +21,39 @@ from typing import Any
 import grain
 
 from data_pipelines import formats
-from data_pipelines import ledger
-from data_pipelines import order
-from data_pipelines import positions
-from data_pipelines import preparation
 from data_pipelines import sources
-from data_pipelines import stream
 from data_pipelines import tasks
+from data_pipelines.schemas import origins
+from data_pipelines.stream import ledger
+from data_pipelines.stream import order
+from data_pipelines.stream import positions
+from data_pipelines.stream import preparation
+from data_pipelines.stream import rows as stream_rows
 from molmo2_jax import config
+from molmo2_jax import files
 from molmo2_jax import types
 from molmo2_jax.inputs import packers
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.inputs import tokenizer as tokenizers
+
+_log = logging.getLogger(__name__)
+_TRIED = 1000  # records of a folder in which one must be usable, or the run does not start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train on, in which order, and the fixed shape of a batch.
 
-    train: data folders (docs/data_format.md), each alone or as (folder, rate), or a key of tasks.MIXTURES.
-      Without rates folders share the stream by the square roots of their sizes. A rate may be a tuple, one
-      number per lesson.
+    train: data folders (docs/data_format.md), each a path or (path, rate), or a key of tasks.MIXTURES.
+      Without rates, folders are sampled in proportion to the square roots of their sizes. A rate may be a
+      tuple with one number per lesson.
     lessons: numbers of examples after which the next lesson of a curriculum begins; () for one mixture.
-    packer: packers.OldestFirst, or packers.Knapsack, the reference's.
-    streams: V. A run that may later use another number of hosts with the same batches sets a multiple of all
-      of them. Each has a packer's buffer of its own.
-    max_broken: records of one task that may be broken in one stream; one more ends the run with their list.
+    packer: packers.OldestFirst, or packers.Knapsack as in the reference.
+    streams: V. For the same batches on different numbers of hosts, choose a common multiple of these numbers.
+      Each stream has its own packing buffer.
+    max_broken: broken records allowed per task and stream; one more ends the run and lists them.
+    root: what the folders of a mixture's tasks are in: a folder, or an address such as "gs://bucket".
+    cache: folder on a disk of each host for copies of shards that are in a bucket.
     """
     train: str | tuple[str | tuple[str, float | tuple[float, ...]], ...]
     seed: int
@@ -56,14 +64,18 @@ class DataConfig:
     window: int | None = None             # W; None: the larger pooling window of the model
     packer: packers.Rule = packers.OldestFirst()
     streams: int | None = None            # V; None: one for each host
-    num_workers: int = 2                  # processes of each host; 0: a thread of the main process
-    worker_prefetch: int = 4              # sequences that each process prepares in advance
-    prefetch: int = 2                     # batches packed in advance
+    num_workers: int = 2                  # processes per host; 0: a thread of the main process
+    worker_prefetch: int = 4              # sequences each process prepares ahead
+    prefetch: int = 2                     # batches packed ahead
     weights: formats.Weights = formats.Weights()
-    num_templates: int | None = None      # wordings of each kind of question; None: all
-    is_pretraining: bool = False          # questions of the first stage: "long_caption 61:", "pointing: mug"
+    num_templates: int | None = None      # templates per kind of question; None: all
+    is_pretraining: bool = False          # prompts as in pre-training: "long_caption 61:", "pointing: mug"
+    grammar: formats.Grammar | None = None   # of points, see formats.Asking
     max_broken: int = 100
     lessons: tuple[int, ...] = ()
+    allow_missing: bool = False           # train without the data sets whose folders are absent
+    root: str = ""                        # "": that of the repository
+    cache: str | None = None
 
     def __post_init__(self):
         for name in ("row_tokens", "batch_rows", "worker_prefetch"):
@@ -81,15 +93,27 @@ class DataConfig:
                            "train must be a tuple of folders, such as ('my_data',), or one of the mixtures "
                            f"{sorted(tasks.MIXTURES)}",
                            self.train)
-        self.asking()  # refuses what it cannot ask by
+        self.asking()  # validates its settings
 
     def asking(self) -> formats.Asking:
-        """Returns how training asks."""
+        """Returns how training turns annotations into questions."""
         return formats.Asking(num_templates=self.num_templates, is_pretraining=self.is_pretraining,
-                              weights=self.weights)
+                              weights=self.weights, grammar=self.grammar)
+
+    def mixtures(self) -> tuple[tuple[tasks.Mixture, ...], Mapping[str, tasks.Task]]:
+        """Returns the mixture of each lesson, and the tasks that they name.
+
+        Raises:
+          ValueError: see tasks.of_folders.
+        """
+        return tasks.mixtures_of(self.train, len(self.lessons) + 1, self.root)
 
     def shape(self, model: config.Molmo2Config) -> types.RowShape:
-        """Returns the shape of every row."""
+        """Returns the shape of every row.
+
+        Raises:
+          ValueError: the window is smaller than the model's larger pooling window.
+        """
         windows = (model.connector.image_window, model.connector.video_window)
         widest = max(math.prod(window) for window in windows)
         config.require(self.window is None or self.window >= widest,
@@ -103,13 +127,14 @@ def make_iterator(data: DataConfig, model: config.Molmo2Config, inputs: config.I
                   ) -> "BatchIterator":
     """Returns an endless iterator of Batch (numpy, B / shard_count rows) over the streams of this host.
 
-    Host `shard_index` has the streams from shard_index * V / shard_count on; its rows are consecutive rows
-    of the global batch. The same arguments give the same batches, whatever num_workers and the prefetches
-    are. Close it after use.
+    Host `shard_index` reads V / shard_count consecutive streams, starting at shard_index * V / shard_count;
+    its rows are consecutive rows of the global batch. Batches do not depend on num_workers, worker_prefetch
+    or prefetch. Close the iterator after use.
 
     Raises:
-      ValueError: a folder has no annotations.jsonl or no record that can be used, more lines are broken
-        than max_broken, or a setting does not fit the model or the hosts.
+      ValueError: a folder has neither annotations.jsonl nor prepared shards, or no usable record, more
+        lines are broken than max_broken, or a setting does not fit the model or the hosts.
+      files.StorageError: shards in a bucket do not fit on the disk of the cache.
     """
     return iter(make_dataset(data, model, inputs, tokenizer, shard_index=shard_index,
                              shard_count=shard_count))
@@ -117,135 +142,149 @@ def make_iterator(data: DataConfig, model: config.Molmo2Config, inputs: config.I
 
 def make_dataset(data: DataConfig, model: config.Molmo2Config, inputs: config.InputConfig,
                  tokenizer: tokenizers.Tokenizer, *, shard_index: int = 0, shard_count: int = 1) -> "Batches":
-    """Returns the grain dataset behind make_iterator, whose iterators all start at the first batch."""
+    """Returns the grain dataset of make_iterator; each of its iterators starts at the first batch.
+
+    Raises:
+      ValueError, files.StorageError: see make_iterator.
+    """
     config.require(0 <= shard_index < shard_count, "shard_index must lie in [0, shard_count)",
                    (shard_index, shard_count))
+    config.require(data.grammar != "tokens" or model.pointer is not None,
+                   "grammar 'tokens' needs a model with config.PointerConfig", data.grammar)
     number = shard_count if data.streams is None else data.streams
     config.require(number % shard_count == 0, f"streams must be a multiple of the {shard_count} hosts",
                    number)
     config.require(data.batch_rows % number == 0, f"batch_rows must be a multiple of the {number} streams",
                    data.batch_rows)
-    if isinstance(data.train, str):
-        mixtures, known = (tasks.MIXTURES[data.train],) * (len(data.lessons) + 1), tasks.TASKS
-    else:
-        mixtures, known = tasks.of_folders(data.train, len(data.lessons) + 1)
+    mixtures, known = _present(data)
     found = {member.task: member for mixture in mixtures for member in tasks.members(mixture)}
     members = tuple(found[task] for task in sorted(found))
-    missing = [os.path.abspath(known[member.task].folder) for member in members
-               if not (pathlib.Path(known[member.task].folder) / "annotations.jsonl").is_file()]
-    config.require(not missing, "data folders must hold annotations.jsonl", missing)
-    examples, errors = {}, {}
-    for member in members:
-        examples[member.task], errors[member.task] = sources.read_folder(known[member.task].folder,
-                                                                         source=member.task)
-    sizes = {task: len(found) for task, found in examples.items()}
+    opened = {member.task: sources.open_source(known[member.task].folder, name=member.task, cache=data.cache)
+              for member in members}
+    for source in opened.values():
+        sources.check_usable(source, most=max(_TRIED, data.max_broken + 1))
+    sizes = {task: len(source) for task, source in opened.items()}
     rates = [tasks.rates(mixture, sizes) for mixture in mixtures]
     lessons = [(start, [shares.get(task, 0.0) for task in sizes])
                for start, shares in zip((0, *data.lessons), rates, strict=True)]
     shape = data.shape(model)
     preparer = preparation.Preparer(
         order=order.Order(list(sizes.values()), lessons, data.seed),
-        examples=tuple(examples.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
+        sources=tuple(opened.values()), members=members, model=model, inputs=inputs, tokenizer=tokenizer,
         max_tokens=shape.T, max_crops=shape.M, max_visual_tokens=shape.R, asking=data.asking())
     mine = number // shard_count
-    return Batches(data, preparer, errors, number, range(shard_index * mine, (shard_index + 1) * mine))
+    return Batches(data, preparer, number, range(shard_index * mine, (shard_index + 1) * mine))
+
+
+def _present(data: DataConfig) -> tuple[tuple[tasks.Mixture, ...], Mapping[str, tasks.Task]]:
+    """Returns the mixture of each lesson and their tasks; those of absent folders only without allow_missing.
+
+    Raises:
+      ValueError: folders are absent without allow_missing, or a lesson has no other folders.
+    """
+    mixtures, known = data.mixtures()
+    absent = sorted({task for mixture in mixtures for task in tasks.missing(mixture, known)})
+    if not absent:
+        return mixtures, known
+    folders = [": ".join([str(files.path(known[task].folder)),
+                          *([origins.of(task)] if known[task].schema else [])]) for task in absent]
+    config.require(data.allow_missing, "data folders must hold annotations.jsonl, or shards and their "
+                   "manifest.json, unless pipeline.DataConfig.allow_missing is True (--allow_missing)",
+                   folders)
+    mixtures = tuple(tasks.without(mixture, absent) for mixture in mixtures)
+    config.require(all(mixtures), "a mixture must have at least one folder with annotations.jsonl or shards",
+                   folders)
+    _log.warning("training without %d absent data sets; the shares of the others are renormalised: %s",
+                 len(absent), ", ".join(absent))
+    return mixtures, known
 
 
 class Batches(grain.IterDataset):
-    """What stays the same in the life of the pipeline; iterators over it yield Batch.
+    """The pipeline without its position; iterators over it yield Batch.
 
-    number: V. mine: the streams of this host.
+    number: V. mine: the streams of this host. records: of each data set, by task.
     """
 
-    def __init__(self, data: DataConfig, preparer: preparation.Preparer,
-                 errors: Mapping[str, Sequence[ValueError]], number: int, mine: range):
+    def __init__(self, data: DataConfig, preparer: preparation.Preparer, number: int, mine: range):
         super().__init__()
         self.data, self.preparer, self.number, self.mine = data, preparer, number, mine
         self.reporter = ledger.Reporter()
-        self._errors = errors
-        self._sizes = {member.task: len(examples)
-                       for member, examples in zip(preparer.members, preparer.examples, strict=True)}
-        # What a position belongs to: it means nothing for other data. The folders may have moved.
-        self.origin = {"seed": data.seed, "sizes": json.dumps(list(self._sizes.values()))}
+        self.records = {member.task: len(source)
+                        for member, source in zip(preparer.members, preparer.sources, strict=True)}
+        # Identifies the data a position belongs to. Paths are not part of it: folders may move.
+        self.origin: dict[str, Any] = {"seed": data.seed, "sizes": json.dumps(list(self.records.values()))}
 
     def new_ledger(self) -> ledger.Ledger:
-        return ledger.Ledger(self._sizes, self.data.max_broken)
+        return ledger.Ledger(self.records, self.data.max_broken)
 
-    def setting(self) -> stream.Setting:
-        """Returns what all streams of this host have in common."""
+    def setting(self) -> stream_rows.Setting:
+        """Returns the settings that all streams of this host share."""
         data, workers = self.data, self.data.num_workers
-        return stream.Setting(
+        return stream_rows.Setting(
             preparer=self.preparer, packer=data.packer, shape=data.shape(self.preparer.model),
-            step=self.number, rows=data.batch_rows // self.number,
+            num_streams=self.number, rows=data.batch_rows // self.number,
             num_workers=max(workers // len(self.mine), 1) if workers else 0,
             worker_prefetch=data.worker_prefetch, new_ledger=self.new_ledger, reporter=self.reporter)
 
     def first_positions(self) -> dict[int, dict[str, Any]]:
-        """Returns the first position of each stream here. The broken lines are counted in stream 0."""
-        lines = self.new_ledger()  # every host stops if there are too many
-        for task, errors in self._errors.items():
-            for error in errors:
-                place, _, message = str(error).partition(": ")
-                note = ledger.Note(number=-1, task=task, key=os.path.basename(place), reason=ledger.LINE,
-                                   message=message)
-                self.reporter.report(note)
-                lines.skip(note)
-        return {number: positions.first(number, self.new_ledger() if number else lines)
-                for number in self.mine}
+        """Returns the first position of each stream of this host."""
+        return {number: positions.first(number, self.new_ledger()) for number in self.mine}
 
     def __iter__(self) -> "BatchIterator":
         return BatchIterator(_HostIterator(self), self.data)
 
 
 class BatchIterator(grain.experimental.ThreadPrefetchDatasetIterator):
-    """Yields batches that a thread has packed in advance.
+    """Yields batches that a background thread packs ahead of time.
 
-    get_state returns the position behind the last batch that was taken, as a flat mapping of numbers and
-    JSON texts that always has the same keys; set_state goes back there. A failure leaves the position as
-    it was.
+    get_state returns the position after the last batch taken: a flat mapping of numbers and JSON texts with
+    fixed keys. set_state restores it. An exception leaves the position unchanged. records: of each data set,
+    by task.
     """
 
     def __init__(self, host: "_HostIterator", data: DataConfig):
         super().__init__(host, data.prefetch)
         self._host, self._budgets = host, (data.row_tokens, data.row_crops)
+        self.records = host.records
 
     def set_states(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Goes to where all hosts of a run stood together, whatever their number was.
+        """Restores the position of a run from the states of all its hosts; their number may have changed.
 
         Raises:
-          ValueError: the states belong to other data, or are not those of all hosts.
+          ValueError: the states belong to other data, or a host's state is missing.
         """
         self.set_state(self._host.state_of(states))
 
     def counters(self) -> dict[str, Any]:
-        """Returns what was consumed and skipped here up to the last batch taken: see ledger.counters."""
+        """Returns what this host has consumed and skipped up to the last batch taken; see ledger.counters."""
         here = list(json.loads(self.get_state()["positions"]).values())
         waits = [json.loads(position["packer"])["longest_wait"] for position in here]
         return ledger.counters(ledger.merge(here), *self._budgets) | {"longest_wait": max(waits)}
 
     def close(self) -> None:
-        """Ends the thread and the worker processes; a second call, also by the interpreter, does nothing."""
+        """Stops the thread and the worker processes. Further calls do nothing."""
         if not self._closed and sys is not None:  # modules are gone when the interpreter ends
             super().close()
 
 
 class _HostIterator(grain.DatasetIterator):
-    """Yields the rows of this host. After an exception it stands where it stood behind the last batch."""
+    """Yields the rows of this host. An exception resets it to the position after the last batch."""
     _closed: bool    # grain's
 
     def __init__(self, batches: Batches):
         super().__init__()
         self._batches, self._streams = batches, {}
+        self.records = batches.records
         setting = batches.setting()
         for number, position in batches.first_positions().items():
-            self._streams[number] = stream.Stream(setting, position)
+            self._streams[number] = stream_rows.Stream(setting, position)
 
     def __next__(self) -> types.Batch:
         if self._closed:
             raise ValueError("an iterator must not be used after close()")
         before = self._positions()
         try:
-            return packing.stack([next(one) for one in self._streams.values()])
+            return rows_lib.stack([next(one) for one in self._streams.values()])
         except Exception:
             for number, position in before.items():
                 if self._streams[number].position != position:
@@ -270,7 +309,11 @@ class _HostIterator(grain.DatasetIterator):
             one.go_to(here[number])
 
     def state_of(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns this host's part of the states of all hosts."""
+        """Returns this host's part of the states of all hosts.
+
+        Raises:
+          ValueError: the states belong to other data, or are not those of all streams of one run.
+        """
         batches = self._batches
         everything = _read(states, batches)
         saved = {state["streams"] for state in states}
@@ -291,8 +334,12 @@ class _HostIterator(grain.DatasetIterator):
                 one.close()
 
 
-def _read(states: Sequence[Mapping[str, Any]], batches: Batches) -> dict[int, dict[str, Any]]:
-    """Returns the positions that states of hosts hold, by stream; ValueError for those of other data."""
+def _read(states, batches: Batches) -> dict[int, dict[str, Any]]:
+    """Returns {stream: position} of the hosts' states.
+
+    Raises:
+      ValueError: a state has no positions, or belongs to other data or another seed.
+    """
     found = {}
     for state in states:
         config.require("positions" in state, "a data position must hold the positions of streams",
@@ -300,6 +347,17 @@ def _read(states: Sequence[Mapping[str, Any]], batches: Batches) -> dict[int, di
         wrong = [f"{name} = {state.get(name)!r} instead of {value!r}"
                  for name, value in batches.origin.items() if state.get(name) != value]
         config.require(not wrong, "a data position can only be restored with the same data and seed",
-                       ", ".join(wrong))
+                       ", ".join(wrong) + _hint(state, batches))
         found |= {int(number): position for number, position in json.loads(state["positions"]).items()}
     return found
+
+
+def _hint(state: Mapping[str, Any], batches: Batches) -> str:
+    """Returns the remedy for a position of version 0.1, which gave no numbers to broken lines; else ""."""
+    try:
+        old, new = json.loads(state["sizes"]), json.loads(batches.origin["sizes"])
+    except (KeyError, TypeError, ValueError):
+        return ""
+    is_shorter = len(old) == len(new) and old != new and all(map(operator.le, old, new))
+    return (". If version 0.1 saved it: that left broken lines out; remove those that launch.check lists"
+            if is_shorter else "")

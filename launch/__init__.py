@@ -1,1 +1,1 @@
-"""Thin mains: flags, gin files, one library call each."""
+"""Command-line programs: each parses flags and gin files and makes one library call."""

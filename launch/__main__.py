@@ -1,10 +1,10 @@
-"""The command `molmo2`: `molmo2 train ...` does what `python -m launch.train ...` does.
+"""The command `molmo2`: `molmo2 train ...` is the same as `python -m launch.train ...`.
 
   molmo2                    lists the commands
   molmo2 COMMAND --help     explains one
   molmo2 --version
 
-This module imports nothing but the standard library before it knows the command, so that it answers at once.
+This module imports only the standard library until it knows the command, so that --help is immediate.
 """
 
 import ast
@@ -15,15 +15,15 @@ import runpy
 import sys
 
 import molmo2_jax
-from launch import places
+from launch.support import places
 
-COMMANDS = ("train", "generate", "evaluate", "convert", "compile", "sweep", "prepare", "check", "draw",
-            "quickstart")
+COMMANDS = ("train", "generate", "evaluate", "convert", "compile", "sweep", "prepare", "check", "inspect",
+            "draw", "serve", "quickstart")
 _USER_ERROR = 2   # as cli.USER_ERROR; cli imports jax
 
 
 def main() -> None:
-    """Runs the command that the first argument names, as the main module, with the remaining arguments."""
+    """Runs the command named by the first argument as the main module, with the remaining arguments."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in ("--help", "-h", "help"):
         print(overview())
@@ -31,8 +31,8 @@ def main() -> None:
         print(f"molmo2_jax {molmo2_jax.__version__}")
     elif name in COMMANDS:
         sys.argv[1:] = arguments
-        # `alter_sys`: absl takes the help from sys.modules["__main__"], and processes that a command starts
-        # import what its __spec__ names, as after `python -m`.
+        # `alter_sys`: absl takes the help text from sys.modules["__main__"], and child processes import the
+        # module that its __spec__ names, as with `python -m`.
         runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
     else:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -42,17 +42,17 @@ def main() -> None:
 
 
 def overview() -> str:
-    """Returns the help of `molmo2`: the commands, each with the first sentence of its docstring."""
+    """Returns the help of `molmo2`: every command with the first sentence of its docstring."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {sentence(name)}" for name in COMMANDS]
     return "\n".join([
         "usage: molmo2 COMMAND [flags]", "", *lines, "",
         "molmo2 COMMAND --help explains a command, molmo2 --version prints the version.",
-        f"Gin files and models that ship (gin_configs/..., assets/...) are in {places.SHIPPED}"])
+        f"The gin files and models of this package (gin_configs/..., assets/...) are in {places.SHIPPED}"])
 
 
 def sentence(command: str) -> str:
-    """Returns the first sentence of a command's docstring, without importing the command."""
+    """Returns the first sentence of a command's docstring without importing the command."""
     spec = importlib.util.find_spec(f"launch.{command}")
     folders = spec.submodule_search_locations
     path = pathlib.Path(folders[0], "__main__.py") if folders else pathlib.Path(spec.origin)

@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# Sourced by the scripts beside it: a Python environment in .venv at the root of the repository.
-# Sets ROOT and PYTHON; defines `step` and `install`.
+# Sourced by the other scripts in this folder: provides a Python environment in .venv at the root of the
+# repository. Sets ROOT and PYTHON; defines `step` and `install`.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 PYTHON="$VENV/bin/python"
 
-# The package is installed into .venv; a folder `launch` where the command is run must not win.
+# The package is installed into .venv; a folder `launch` in the current folder must not take precedence.
 export PYTHONSAFEPATH=1
 
 fail() { echo "error: $*" >&2; exit 1; }
 
-# step <sentence> <command...>: runs the command, says what it does and how long it took. If the
+# step <sentence> <command...>: prints the sentence, runs the command and prints how long it took. If the
 # command fails, the script ends with its status.
 step() {
   local what="$1" start=$SECONDS status=0
@@ -43,7 +43,7 @@ create_venv() {
     fail "could not create $VENV; on Debian and Ubuntu this needs: apt install python3-venv"
 }
 
-# Hash of everything that decides what is installed.
+# Hash of everything that determines what is installed.
 fingerprint() {
   "$PYTHON" - "$ROOT" <<'END'
 import hashlib, pathlib, sys
@@ -53,8 +53,8 @@ print(hashlib.sha256(repr(key).encode()).hexdigest())
 END
 }
 
-# install [extra]: installs the package with its dependencies, unless that was done before with this
-# setup.py. An environment that holds an extra also serves the scripts that need none.
+# install [extra]: installs the package with its dependencies, unless this was done before with the same
+# setup.py. An environment with an extra also serves scripts that need none.
 install() {
   local extra="${1:-}" wanted stamp python
   if command -v flock >/dev/null; then
@@ -74,7 +74,7 @@ install() {
   else
     "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null ||
       fail "$VENV has no pip; remove that folder and run this again"
-    # --no-compile: Python compiles what is imported, a small part of the 15,000 files, when it is.
+    # --no-compile: Python compiles modules when they are imported, a small part of the 15,000 files.
     step "installing the package and its dependencies into $VENV (takes a minute or two)" \
       "$PYTHON" -m pip install -qq --disable-pip-version-check --no-compile \
       --editable "$ROOT${extra:+[$extra]}"

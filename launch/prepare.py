@@ -1,69 +1,93 @@
-"""Makes the annotations of a task from the rows that a data set publishes.
+"""Converts published rows or a labelling tool's export into a data folder, and a data folder into shards.
 
   python -m launch.prepare --task=pixmo_points --published='downloads/pixmo-points/*.parquet'
   python -m launch.prepare --task=chart_qa --published='downloads/chartqa/train-*.parquet' --output=charts
+  python -m launch.prepare --from=cvat --input=annotations.xml --output=my_data --heldout=0.1
+  python -m launch.prepare --data=my_data --output=my_shards --media=copy
+  python -m launch.prepare --data=my_data --output=my_shards -- --direct_num_workers=4 \\
+      --direct_running_mode=multi_processing
 
-Writes FOLDER/annotations.jsonl; the folder is the task's (data_pipelines/tasks.py) unless --output names one.
-Parquet files need pyarrow: pip install -e '.[prepare]' in the folder of the repository.
-Media that rows do not hold themselves must lie in FOLDER/media already, named as data_pipelines/schemas says.
-Whatever is left out is counted and listed in FOLDER/left_out.txt. --exclude=FILE names media that must not be
-trained on because evaluations ask about them, one a line: file names, with or without suffix. Names that
-match no medium of the rows are counted at the end: many may mean another data set or other spellings.
+Writes FOLDER/annotations.jsonl; FOLDER is --output or else the folder from which runs read the task
+(data_pipelines/tasks.py; relative to the root of the repository).
+Published rows and shards need Apache Beam: pip install -e '.[prepare]' in the repository. Media that are not
+part of the rows must already be in FOLDER/media, named as data_pipelines/schemas describes.
+Everything left out is counted and listed in FOLDER/left_out.txt. --exclude=FILE lists media that must not be
+trained on because evaluations use them: one file name per line, with or without suffix. Names that match no
+medium of the rows are counted at the end; many of them suggest another data set or another spelling.
+--from=FORMAT reads the export of a labelling tool instead (docs/data_format.md, "Labelling tools").
+
+--data, or --task with --format=shards: every record of annotations.jsonl is validated, its media are decoded,
+and the good ones are written as shards to --output (of a task: into its folder), with statistics and, last,
+manifest.json. broken.jsonl lists the others: id, source, stage, reason. Training reads shards like any other
+folder. An interrupted run continues where it stopped; other settings need another --output or --overwrite.
+Arguments after -- are Apache Beam's (--runner and so on); by default the pipeline runs in this process.
+docs/data.md describes the shards.
 """
 
 import pathlib
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 from absl import flags
 
-from data_pipelines import published
-from data_pipelines import schemas
 from data_pipelines import tasks
-from launch import cli
+from data_pipelines.prepared import conversion
+from data_pipelines.prepared import running
+from data_pipelines.schemas import origins
+from launch.support import cli
+from launch.support import labelled
+from launch.support import places
+from launch.support import sharded
 from molmo2_jax.inputs import text_file
 
-_TASK = flags.DEFINE_string("task", None, "A key of data_pipelines.tasks.TASKS.")
-_PUBLISHED = flags.DEFINE_multi_string("published", [], "Files of rows; may hold wildcards")
-_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Files that name media to leave out, one a line")
-for _name in ("output", "traceback"):
+_TASK = flags.DEFINE_string("task", None, "Name of the task: a key of data_pipelines.tasks.TASKS.")
+_PUBLISHED = flags.DEFINE_multi_string("published", [], "Files of rows; may contain wildcards")
+_EXCLUDE = flags.DEFINE_multi_string("exclude", [], "Files that list media to leave out, one per line")
+for _name in ("output", "traceback", *labelled.FLAGS, *sharded.FLAGS):
     flags.declare_key_flag(_name)
-_SHOWN = 3  # reasons that are printed
-_BLANK = " \t\ufeff"  # around a name; lists that were joined have byte order marks inside
+_SHOWN = 3  # names printed
+_BLANK = " \t\ufeff"  # stripped from names; concatenated lists have byte order marks inside
 
 
 def main(arguments: list[str]) -> None:
-    cli.no_arguments(arguments)
+    if cli.DATA.value and not (_TASK.value or labelled.FROM.value):
+        sharded.of_data(_names(_EXCLUDE.value), arguments)
+        return
+    if labelled.FROM.value:
+        cli.no_arguments(arguments)
+        labelled.prepare()
+        return
     known = sorted(name for name, task in tasks.TASKS.items() if task.schema)
     if _TASK.value not in known:
         raise ValueError(f"--task must be one of {', '.join(known)}; got {_TASK.value!r}")
     if not _PUBLISHED.value:
-        raise ValueError("--published must name at least one file of rows")
+        raise ValueError(f"--published must name at least one file of rows; of {_TASK.value} "
+                         f"{origins.of(_TASK.value)}")
     task = tasks.TASKS[_TASK.value]
-    folder = pathlib.Path(cli.OUTPUT.value or task.folder)
-    rows = published.rows(_PUBLISHED.value, folder)
+    folder = cli.OUTPUT.value or places.data(task.folder)
     exclude = _names(_EXCLUDE.value)
-    folder.mkdir(parents=True, exist_ok=True)
-    number, errors = schemas.convert(task.schema, rows, folder, exclude, **dict(task.how))
-    (folder / "left_out.txt").write_text("".join(f"{error}\n" for error in errors), encoding="utf-8")
-    print(f"{folder / 'annotations.jsonl'}: {number} records; left out: {len(errors)} rows, records or "
-          f"annotations, {sum(isinstance(error, schemas.Excluded) for error in errors)} of them by --exclude")
-    for error in errors[:_SHOWN]:
-        print(f"  {error}")
-    _show_unmatched(exclude, errors)
+    with sharded.beam():
+        found = running.convert(task.schema, _PUBLISHED.value, folder, how=dict(task.how), exclude=exclude,
+                                arguments=arguments)
+    _show(f"{folder.rstrip('/')}/annotations.jsonl", found, len(exclude))
+    if sharded.FORMAT.value == "shards":
+        sharded.write(folder, folder, _TASK.value, frozenset(), arguments)
 
 
-def _show_unmatched(exclude: Set[str], errors: Sequence[ValueError]) -> None:
-    """Prints how many names of --exclude match no medium of any record, and some of them."""
-    used = frozenset().union(*(error.names for error in errors if isinstance(error, schemas.Excluded)))
-    unmatched = sorted(exclude - used)
-    if unmatched:
-        rest = ", ..." if len(unmatched) > _SHOWN else ""
-        print(f"--exclude: {len(unmatched)} of {len(exclude)} names match no medium of these rows: "
-              f"{', '.join(map(repr, unmatched[:_SHOWN]))}{rest}")
+def _show(name: str, found: conversion.Summary, number: int) -> None:
+    """Prints the summary; `number`: names of --exclude."""
+    print(f"{name}: {found.records} records; left out: {found.left_out} rows, records or annotations, "
+          f"{found.excluded} of them by --exclude")
+    for reason in found.reasons:
+        print(f"  {reason}")
+    if found.unmatched:
+        shown = sorted(found.unmatched)[:_SHOWN]
+        rest = ", ..." if len(found.unmatched) > _SHOWN else ""
+        print(f"--exclude: {len(found.unmatched)} of {number} names match no medium of these rows: "
+              f"{', '.join(map(repr, shown))}{rest}")
 
 
 def _names(paths: Sequence[str]) -> set[str]:
-    """Returns the lines of files.
+    """Returns the names in files with one name per line.
 
     Raises:
       ValueError: a file does not exist, names nothing, or is not UTF-8.
@@ -73,7 +97,7 @@ def _names(paths: Sequence[str]) -> set[str]:
         lines = text_file.read(path).split("\n") if path.is_file() else []
         found = {line.strip(_BLANK) for line in lines} - {""}
         if not found:
-            raise ValueError(f"--exclude must be a file that names media, one a line; got {path}")
+            raise ValueError(f"--exclude must be a file that lists media, one per line; got {path}")
         names |= found
     return names
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a small Molmo2 on drawn videos and shows what it learnt, from nothing but Python >= 3.11:
+# Trains a small Molmo2 on drawn videos and shows what it learnt; needs only Python >= 3.11:
 #
 #   bash launch/quickstart.sh [flags of launch.quickstart; --help lists them]
 #
@@ -11,4 +11,4 @@ export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 
 install
 step "training, evaluating and drawing the report" "$PYTHON" -m launch.quickstart "$@"
-echo "== everything together took $SECONDS s"
+echo "== total time: $SECONDS s"

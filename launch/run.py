@@ -1,8 +1,7 @@
-"""The one gin root: gin files and bindings in, one frozen RunConfig out.
+"""The only gin root: turns gin files and bindings into one frozen RunConfig.
 
-gin fills in dataclasses and does nothing else; no other module imports it. What gin lets pass
-without a word is an error here: wrong types, lists for tuples, misspelt scopes, settings that
-nobody reads.
+gin fills in dataclasses and does nothing else; no other module imports it. Mistakes that gin accepts
+silently are errors here: wrong types, lists for tuples, misspelt scopes, bindings that nothing reads.
 """
 
 import dataclasses
@@ -21,8 +20,8 @@ import data_pipelines.pipeline
 import molmo2_jax.optim
 import molmo2_jax.sharding
 import molmo2_jax.train
-from launch import field_types
-from launch import places
+from launch.support import field_types
+from launch.support import places
 from molmo2_jax import config
 from molmo2_jax.inputs import text_file
 
@@ -34,6 +33,7 @@ from data_pipelines import formats
 from data_pipelines import pipeline
 from launch import run
 from molmo2_jax import config
+from molmo2_jax import finetune
 from molmo2_jax import optim
 from molmo2_jax import sharding
 from molmo2_jax import train
@@ -43,22 +43,29 @@ from molmo2_jax.inputs import packers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides what a command computes; parts it does not need may be None."""
+    """Everything that determines what a command computes; parts that it does not need may be None."""
     model: config.Molmo2Config
     inputs: config.InputConfig = config.InputConfig()
     tokenizer: str | None = None   # path of a tokenizer.json
     data: data_pipelines.pipeline.DataConfig | None = None
     optim: molmo2_jax.optim.OptimConfig | None = None
     train: molmo2_jax.train.TrainConfig | None = None
+    evals: molmo2_jax.train.EvalsConfig | None = None
     mesh: molmo2_jax.sharding.MeshConfig = molmo2_jax.sharding.MeshConfig()
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rows of all hosts that a train step processes at once; needs `data` and `train`."""
+        assert self.data and self.train
+        return self.data.batch_rows // self.train.accumulate
 
 
 def resolve(
         gin_files: Iterable[str | pathlib.Path], bindings: Sequence[str] = ()) -> RunConfig:
-    """Returns the RunConfig that the files and then the bindings describe; later ones win.
+    """Returns the RunConfig described by the files and then the bindings; later ones win.
 
-    Paths of files, also of included ones, are relative to the root of the repository; of an installed package
-    to the current folder or, if there is no such file, to the gin_configs that it brings.
+    Paths of gin files, included ones too, are relative to the root of the repository. In an installed package
+    they are relative to the current folder or, if there is no such file, to the package's own gin_configs.
 
     Raises:
       ValueError: a file is missing, is not UTF-8 or does not parse; a name is unknown; a value has the
@@ -77,7 +84,11 @@ def resolve(
 
 
 def _parse(files: Iterable[str | pathlib.Path], bindings: Sequence[str]) -> None:
-    """Fills gin's configuration; ValueError for whatever does not parse."""
+    """Fills gin's configuration.
+
+    Raises:
+      ValueError: a file is missing, includes itself, or does not parse; a binding does not parse.
+    """
     gin_files = list(map(str, files))
     for path in gin_files:
         _check_file(path, ())
@@ -87,12 +98,12 @@ def _parse(files: Iterable[str | pathlib.Path], bindings: Sequence[str]) -> None
             gin.parse_config_file(path)
         gin.parse_config(_HEADER + "\n".join(bindings) + "\n")
         gin.finalize()
-    except Exception as error:  # gin reports its users' mistakes with a dozen types
+    except Exception as error:  # gin reports mistakes with a dozen exception types
         raise ValueError(_one_line(error)) from error
 
 
 def _check_file(path: str, includers: tuple[str, ...]) -> None:
-    """Raises ValueError if the file or one it includes is missing, or if it includes itself."""
+    """Raises ValueError if the file or an included file is missing, or if a file includes itself."""
     origin = f" (included by {includers[-1]})" if includers else ""
     if path in includers:
         raise ValueError(f"a gin file must not include itself; got {path}{origin}")
@@ -109,7 +120,11 @@ def _check_includes(text: str, includers: tuple[str, ...]) -> None:
 
 
 def _build() -> RunConfig:
-    """Returns what gin builds; ValueError for missing values and broken rules."""
+    """Returns the RunConfig that gin builds.
+
+    Raises:
+      ValueError: a required value is missing, or a value breaks a rule of its dataclass.
+    """
     try:
         return _gin_run_config()
     except TypeError as error:
@@ -122,7 +137,7 @@ def _build() -> RunConfig:
 
 
 def _one_line(error: Exception) -> str:
-    """Returns gin's message on one line, without what only helps to debug gin."""
+    """Returns gin's message on one line, without the parts that only help to debug gin."""
     message = str(error).partition(" in config string:")[0]
     if isinstance(error, SyntaxError) and error.text:
         message += f" in {error.text}"
@@ -156,13 +171,13 @@ class _Macro:
 
 
 class _Delegate(config_parser.ParserDelegate):
-    """Makes placeholders of references and macros. `symbols` maps imported names to modules."""
+    """Turns references and macros into placeholders. `symbols` maps imported names to modules."""
 
     def __init__(self):
         self.symbols = {}
 
     def named(self, selector):
-        """Returns what `symbol.path.Name` names."""
+        """Returns the object named by `symbol.path.Name`."""
         symbol, *path = selector.split(".")
         return functools.reduce(getattr, path, importlib.import_module(self.symbols[symbol]))
 
@@ -175,7 +190,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 
 def _read_text(text: str) -> dict[_Key, Any]:
-    """Returns what a text by gin.config_str or operative_config_str binds; nothing is built."""
+    """Returns the bindings in a text by gin.config_str or operative_config_str; builds nothing."""
     delegate, bound = _Delegate(), {}
     for statement in config_parser.ConfigParser(text, delegate):
         if isinstance(statement, config_parser.ImportStatement):
@@ -192,7 +207,7 @@ def _read_text(text: str) -> dict[_Key, Any]:
 
 
 def _check_types(bound: dict[_Key, Any]) -> None:
-    """Raises ValueError that lists every binding whose value does not fit its field."""
+    """Raises ValueError with every binding whose value does not fit the type of its field."""
     problems = []
     for key, value in bound.items():
         if key.cls is None:
@@ -208,7 +223,7 @@ def _check_types(bound: dict[_Key, Any]) -> None:
 
 
 def _without_macros(value: Any, bound: dict[_Key, Any]) -> Any:
-    """Returns the value with every macro replaced by what it stands for."""
+    """Returns the value with every macro replaced by its value."""
     if isinstance(value, _Macro):
         return _without_macros(bound[_Key(value.name, None, "")], bound)
     if isinstance(value, (list, tuple)):
@@ -219,7 +234,7 @@ def _without_macros(value: Any, bound: dict[_Key, Any]) -> Any:
 
 
 def _check_all_read(bound: dict[_Key, Any], operative: dict[_Key, Any]) -> None:
-    """Raises ValueError that lists the bindings that decided nothing.
+    """Raises ValueError with every binding that had no effect.
 
     In scope a/b gin takes the binding of a/b, else that of a, else the one without a scope.
     """
@@ -240,7 +255,7 @@ def _check_all_read(bound: dict[_Key, Any], operative: dict[_Key, Any]) -> None:
 
 
 _gin_run_config = gin.external_configurable(RunConfig, module="launch.run")
-# gin's own readers know one folder only, and fail where the current folder has a `gin_configs`. They read
-# files in the encoding of the locale, a byte order mark as part of the text.
+# gin's own readers search one folder only and fail where the current folder has a `gin_configs`. They also
+# decode files in the locale's encoding and keep a byte order mark as text.
 gin.config._FILE_READERS[:] = [
     (lambda path: places.gin_file(path).open(encoding="utf-8-sig"), places.gin_file)]

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Runs on a TPU machine, called by tpu_run.sh: keeps one job that survives a dropped connection.
+# Runs on a TPU machine, called by tpu_run.sh: manages one job that survives a dropped connection.
 #
-#   tpu_worker.sh unpack ARCHIVE HASH   unpacks the code and installs it, unless that was done with this hash
-#   tpu_worker.sh setup LINE            runs a line of shell in the folder of the code
-#   tpu_worker.sh start COMMAND...      starts the job, unless it runs; removes what an earlier job left.
+#   tpu_worker.sh unpack ARCHIVE HASH   unpacks and installs the code, unless that was already done for this hash
+#   tpu_worker.sh setup LINE            runs a shell line in the folder of the code
+#   tpu_worker.sh start COMMAND...      starts the job unless it is running; removes the files of an earlier job.
 #                                       Status 253: "stop by_hand" was called since the last "look new"
 #   tpu_worker.sh attach BYTE NONCE RUN prints the log of this run from that byte on, between marks, until the job
 #                                       ends
 #   tpu_worker.sh status                prints "running", "ended STATUS" or "nothing"
 #   tpu_worker.sh poll                  the same after the machine's name, and the end of the log of a failed job
 #   tpu_worker.sh look [new]            prints "running IDENTITY COMMAND", "ended" or "nothing"; new: a run begins
-#   tpu_worker.sh stop [by_hand]        SIGTERM to the command, upon which training saves; SIGKILL to all its
-#                                       processes after $STOP_SECONDS. by_hand: attach then reports status 253
+#   tpu_worker.sh stop [by_hand]        sends SIGTERM to the command, on which training saves; after $STOP_SECONDS,
+#                                       SIGKILL to all its processes. by_hand: attach then reports status 253
 #
-# Except for attach, each prints how it ended as its last line. The job's identity is a hash of its command and HASH,
-# that of its code. A mark of attach is text between the bytes 036 and 037 that begins with NONCE: "from BYTE RUN", "ended STATUS",
-# "nothing" (no job is here) or "replaced" (another job took its place).
+# Each word except attach prints its exit status in its last line. The identity of a job consists of a hash of its
+# command and HASH, the hash of its code. A mark of attach is text between the bytes 036 and 037 that begins with
+# NONCE: "from BYTE RUN", "ended STATUS", "nothing" (there is no job) or "replaced" (by another job).
 set -euo pipefail
 
 FOLDER="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"   # code/ and job/ are beside this file
 JOB="$FOLDER/job"
 BOOT=/proc/sys/kernel/random/boot_id
 
-# A process of the same number after a reboot is another one.
+# After a reboot, a process with the same number is a different one.
 is_running() {
   [[ -f "$JOB/pid" && ! -f "$JOB/status" ]] && [[ "$(cat "$JOB/boot" 2>/dev/null)" == "$(<$BOOT)" ]] &&
     kill -0 "$(<"$JOB/pid")" 2>/dev/null
@@ -32,7 +32,7 @@ has_processes() {
   [[ -f "$JOB/pid" && "$(cat "$JOB/boot" 2>/dev/null)" == "$(<$BOOT)" ]] && pgrep -g "$(<"$JOB/pid")" >/dev/null
 }
 
-# patiently COMMAND...: up to five times; another process may hold a lock, a mirror may be unreachable.
+# patiently COMMAND...: tries up to five times; another process may hold a lock, a mirror may be unreachable.
 patiently() {
   local try
   for try in 1 2 3 4; do
@@ -56,7 +56,7 @@ unpack() {
   cd "$FOLDER/code"
   tar -tzf "$archive" | cut -d/ -f1 | sort -u | while IFS= read -r name; do rm -rf "./$name"; done
   tar -xzf "$archive"
-  # The machines' images have Python 3.10. In their first minutes they update themselves and hold apt's locks.
+  # The machines' images have Python 3.10. In their first minutes machines update themselves and hold apt's locks.
   if [[ -z "$(type -P python3.11 python3.12 python3.13 python3.14)" ]]; then
     patiently sudo add-apt-repository -y --no-update ppa:deadsnakes/ppa
     patiently apt update -qq
@@ -68,7 +68,7 @@ unpack() {
 
 setup() { cd "$FOLDER/code" && bash -c "$1"; }
 
-# Removes the lock of a libtpu whose process was killed; one that a process holds stays.
+# Removes the lock file of a libtpu whose process was killed; keeps one that a process holds.
 remove_stale_lock() {
   local lock="${LIBTPU_LOCKFILE:-/tmp/libtpu_lockfile}"
   [[ -e "$lock" ]] || return 0
@@ -98,7 +98,7 @@ start() {
   date +%s%N >"$JOB/run"
   cp "$BOOT" "$JOB/boot"
   cd "$FOLDER/code"
-  # The shell around the command outlives SIGTERM, to record how the command ended.
+  # The shell around the command survives SIGTERM, to record how the command ended.
   # shellcheck disable=SC2016
   PATH="$PWD/.venv/bin:$PATH" setsid nohup bash -c '
     trap : TERM
@@ -162,7 +162,7 @@ look() {
   fi
 }
 
-# The signal is for the command alone: it saves, and needs its data workers until it has. If the command was a shell
+# Only the command itself gets the signal: it saves, and needs its data workers until then. If the command is a shell
 # that ended without waiting for its own commands, they get the signal next.
 stop() {
   local group tenth told=""
@@ -193,6 +193,6 @@ stop() {
   echo killed
 }
 
-WORD="$1"   # in a trap, $1 may be that of a function
+WORD="$1"   # in a trap, $1 may be the argument of a function
 [[ "$WORD" == attach ]] || trap 'echo "== $WORD ended with status $?"' EXIT
 "$@"

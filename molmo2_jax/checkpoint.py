@@ -1,33 +1,39 @@
-"""Train state and data position, saved together and taken back together, on Orbax.
+"""Train state and data position, saved and restored together with Orbax.
 
 A work directory holds `checkpoints/<step>/{state,data,sums}`: `state` through TensorStore, `data` the
-position of the loader, one file per process with a checksum beside it, `sums` a checksum of every array:
-storage alone hands out a changed byte without a word. A step counts only when all three are there.
+position of the loader, one file per process with a checksum next to it, and `sums` a checksum of every array:
+without it, storage returns corrupted bytes silently. A step is complete only if all three exist.
 """
 
 import dataclasses
 import json
+import math
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from molmo2_jax import files
+from molmo2_jax import finetune
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
 from molmo2_jax.model import molmo2
 
-ITEMS = ("state", "data", "sums")   # a step that lacks one is incomplete
+ITEMS = ("state", "data", "sums")   # a step without one of them is incomplete
+PART_BYTES = 1 << 30                # of parameters that are restored at a time, where they are cast
 
 
 class _DataHandler(grain.checkpoint.CheckpointHandler):
-    """Saves an iterator per process, and restores those that another number of processes saved.
+    """Saves one iterator per process, and also restores what a different number of processes saved.
 
-    For the latter, iterators have `set_states`, which takes the states of all processes.
+    For that, iterators need `set_states`, which takes the states of all processes.
     """
 
     def save(self, directory, item=None, args=None):
@@ -57,21 +63,53 @@ class _DataRestore(grain.checkpoint.CheckpointRestore):
     pass
 
 
+class _Write:
+    """A future of Orbax that notes an error in `failures` as soon as it occurs.
+
+    Orbax itself reports it only after a barrier of all processes, which can take minutes.
+    """
+
+    def __init__(self, future, failures: list[BaseException]):
+        self._future, self._failures = future, failures
+
+    def result(self, timeout: float | None = None):
+        try:
+            return self._future.result(timeout)
+        except BaseException as error:
+            self._failures.append(error)
+            raise
+
+    def cancel(self):
+        return self._future.cancel()
+
+
+def _state_handler(failures: list[BaseException]) -> ocp.PyTreeCheckpointHandler:
+    """Returns a handler whose background writes note their errors in `failures`."""
+    handler = ocp.PyTreeCheckpointHandler()
+    save = handler.async_save
+
+    async def async_save(*args, **kwargs):
+        return [_Write(one, failures) for one in await save(*args, **kwargs) or ()]
+
+    handler.async_save = async_save  # a subclass would be another type in the checkpoint's metadata
+    return handler
+
+
 def _crc(path) -> str:
     return f"{zlib.crc32(path.read_bytes()):08x}"
 
 
 def _damage_of_data(directory) -> str:
-    """Returns what is wrong with the positions of all processes in a step, "" if nothing is."""
+    """Returns what is wrong with the data positions of a step, "" if nothing is."""
     found = {path.name: path for path in directory.glob("process_*-of-*.json")}
     counts = {name.removesuffix(".json").rpartition("-of-")[2] for name in found}
     wanted = {f"process_{index}-of-{count}.json" for count in counts for index in range(int(count))}
     if len(counts) != 1 or wanted != set(found):
-        return f"there are data positions {sorted(found)}, not those of all processes"
+        return f"its data positions {sorted(found)} are not those of all processes"
     for name, path in found.items():
         sum_file = path.with_suffix(".crc32")
         if sum_file.exists() and sum_file.read_text() != _crc(path):
-            return f"it holds another data position than was saved in {name}"
+            return f"the data position in {name} is not the one that was saved"
     return ""
 
 
@@ -81,32 +119,35 @@ class Manager:
     def __init__(self, workdir: str, keep: int = 1):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._folder = files.path(workdir) / "checkpoints"
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "data": _DataHandler(),
+        self._failures: list[BaseException] = []   # of background writes of this process
+        handlers = {"state": _state_handler(self._failures), "data": _DataHandler(),
                     "sums": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
     def steps(self, items: tuple[str, ...] = ITEMS) -> list[int]:
-        """Returns the steps that hold all `items`, oldest first; others are reported and passed over."""
+        """Returns the steps that have all `items`, oldest first; others are logged and skipped."""
         complete = []
         for step in sorted(self._manager.all_steps()):
             missing = _missing(self._folder, step, items)
             if missing:
-                logging.warning("checkpoint %d is incomplete, passing it over: no %s", step, missing)
+                logging.warning("checkpoint %d is incomplete, skipping it: no %s", step, missing)
             else:
                 complete.append(step)
         return complete
 
     def save(self, step: int, train_state: state_lib.TrainState, batches) -> None:
-        """Saves in the background; `batches` must stand right behind the batch of update `step`.
+        """Saves in the background; the last batch taken from `batches` must be that of update `step`.
 
         Raises:
           ValueError: the step exists already.
         """
         self._write(step, _storable(train_state), {"data": _DataSave(batches)})
 
-    def save_params(self, params) -> None:
-        """Saves parameters alone, as step 0: to answer with or to start a run from, not to continue one."""
-        self._write(0, {"params": params}, {})
+    def save_params(self, params, step: int = 0) -> None:
+        """Saves parameters alone: for answering or to start a run, not to resume one. A step that exists
+        is left as it is."""
+        if step not in self.steps(("state",)):
+            self._write(step, {"params": params}, {})
 
     def _write(self, step, tree, items):
         self._manager.save(step, force=True, args=ocp.args.Composite(
@@ -115,11 +156,11 @@ class Manager:
     def restore(self, abstract: state_lib.TrainState, batches=None):
         """Returns the newest complete TrainState, or None; moves `batches` to its position.
 
-        Newer steps that cannot be used are set aside as `<step>.damaged`: the run comes by them again.
+        Newer steps that cannot be read are renamed to `<step>.damaged`, because the run will save them again.
 
         Raises:
-          ValueError: shapes or dtypes differ from `abstract` (every path that does is named), the data
-            position belongs to other data, or there are steps and none can be read.
+          ValueError: shapes or dtypes differ from `abstract` (the message names every such path), the data
+            position belongs to other data, or steps exist and none can be read.
         """
         target = _storable_shapes(abstract)
         steps = self.steps()
@@ -137,8 +178,8 @@ class Manager:
                 return _from_storable(tree)
         damaged = [step for step in sorted(self._manager.all_steps()) if step]
         if steps or damaged:
-            raise ValueError("a run can only go on from a checkpoint that can be read; got none among "
-                             f"{damaged or steps} in {self._folder} (move that folder away to start anew)")
+            raise ValueError("a run can resume only from a checkpoint that can be read; got none among "
+                             f"{damaged or steps} in {self._folder} (move that folder away to start over)")
         return None
 
     def _set_aside_after(self, step):
@@ -148,35 +189,70 @@ class Manager:
                 if aside.exists():
                     aside.rmtree()
                 (self._folder / str(damaged)).rename(aside)
-            logging.error("set aside %s", aside)
-        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            logging.error("renamed a damaged checkpoint to %s", aside)
+        multihost_utils.sync_global_devices("damaged checkpoints renamed")
         self._manager.reload()
 
-    def restore_params(self, params):
+    def restore_params(self, params, kept: Callable[[str, jax.Array], Any] | None = None):
         """Returns the newest parameters, with the shapes and shardings of the abstract tree `params`.
 
+        Args:
+          kept: (path of a parameter, its array) -> what is returned in its place, such as a cast. Then
+            PART_BYTES are restored at a time, so that the parameters never exist whole as they were saved.
+
         Raises:
-          ValueError: there are none, or they do not fit.
+          ValueError: there are none, or their shapes or dtypes differ.
         """
         for step in reversed(self.steps(("state",))):
-            tree = self._read(step, {"params": params})
-            if tree is not None:
-                return tree["params"]
+            found = self._read_parts(step, params, kept)
+            if found is not None:
+                return found
         raise ValueError(f"a work directory must hold a checkpoint to load; got none in {self._folder}")
 
-    def _read(self, step, target):
-        """Returns the part `target` of a step's state, or None if its files are damaged."""
+    def _read_parts(self, step, params, kept):
+        """Returns the parameters of a step, or what `kept` makes of them; None if its files are damaged."""
+        if kept is None:
+            tree = self._read(step, {"params": params})
+            return None if tree is None else tree["params"]
+        if not self._fits(step, {"params": params}):
+            return None
+        flat = traverse_util.flatten_dict(params, sep="/")
+        for paths in _parts(flat):
+            target = {"params": traverse_util.unflatten_dict({path: flat[path] for path in paths}, sep="/")}
+            tree = self._read(step, target)
+            if tree is None:
+                return None
+            for path, value in traverse_util.flatten_dict(tree["params"], sep="/").items():
+                flat[path] = kept(path, value)
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+    def _fits(self, step, target) -> bool:
+        """Returns whether the description of a step can be read.
+
+        Raises:
+          ValueError: shapes or dtypes in it differ from `target`.
+        """
         try:
             saved = _describe(self._manager.item_metadata(step)["state"].tree)
-        except Exception as error:  # Orbax raises whatever its readers meet
+        except Exception as error:  # Orbax passes on all errors of its readers
             logging.error("checkpoint %d cannot be read, trying the one before: %s", step, error)
-            return None
+            return False
         wanted = _describe(target)
         wrong = [f"{path}: saved {saved.get(path, 'nothing')}, wanted {what}"
                  for path, what in wanted.items() if saved.get(path) != what]
         if wrong:
             raise ValueError(f"checkpoint {step} must fit this run; got {len(wrong)} differences:\n  "
                              + "\n  ".join(wrong[:40]))
+        return True
+
+    def _read(self, step, target):
+        """Returns the part `target` of a step's state, or None if its files are damaged.
+
+        Raises:
+          ValueError: shapes or dtypes differ from `target`.
+        """
+        if not self._fits(step, target):
+            return None
         has_sums = files.has_content(self._folder / str(step) / "sums")
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(
@@ -191,38 +267,49 @@ class Manager:
             changed = [path for path, value in _checksums(restored["state"]).items()
                        if restored["sums"].get(path) != value]
             if changed:
-                logging.error("checkpoint %d cannot be read, trying the one before: it holds other values "
-                              "than were saved in %s", step, ", ".join(changed[:10]))
+                logging.error("checkpoint %d cannot be read, trying the one before: values differ from those "
+                              "that were saved in %s", step, ", ".join(changed[:10]))
                 return None
         return restored["state"]
 
+    def check(self) -> None:
+        """Raises the error of a background save that has failed; never waits for one that is running."""
+        if self._failures:
+            raise self._failures[0]
+        if not self._manager.is_saving_in_progress():
+            self._manager.wait_until_finished()
+
     def wait(self) -> None:
+        """Waits for the last save to finish and raises its error, if any."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Waits for the last save to finish, unless it failed here and other processes still write."""
+        if not (self._failures and jax.process_count() > 1):
+            self._manager.close()
 
 
 def explain(workdir: str, error: BaseException) -> files.StorageError | None:
-    """Returns a fault of the disk that ended a run, in a sentence: its cause, what is kept, how to resume.
+    """Returns the disk fault that ended a run as one sentence: cause, what is kept, how to resume.
 
-    None if `error` is of another kind.
+    None if `error` is not a disk fault.
     """
     cause = files.storage_cause(error)
     if not cause:
         return None
     free = files.free_space(workdir)
-    steps = _complete_steps(files.path(workdir) / "checkpoints")
+    steps = saved_steps(workdir)
     kept, resumed = (f"the checkpoint of step {steps[-1]}", f"resumes after step {steps[-1]}") if steps else (
         "no checkpoint yet", "starts from the beginning")
     return files.StorageError(
         f"the run could not write to {workdir}: {cause}" + (f" ({free})" if free else "")
         + f"; kept: {kept}. Once the disk can be written again, the same command {resumed}; while a "
-        "checkpoint is saved, the one before it needs its room too")
+        "checkpoint is saved, the previous one still takes up space")
 
 
-def _complete_steps(folder) -> list[int]:
-    """Returns the steps on disk that hold all items, oldest first; needs no Manager."""
+def saved_steps(workdir: str) -> list[int]:
+    """Returns the steps of a work directory with complete checkpoints, oldest first; needs no Manager."""
+    folder = files.path(workdir) / "checkpoints"
     try:
         numbers = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
         return [step for step in numbers if not _missing(folder, step, ITEMS)]
@@ -231,21 +318,40 @@ def _complete_steps(folder) -> list[int]:
 
 
 def _missing(folder, step: int, items: tuple[str, ...]) -> list[str]:
-    """Returns which items a step in the folder of checkpoints lacks."""
+    """Returns the items that a step in the folder of checkpoints lacks."""
     return [item for item in items if not files.has_content(folder / str(step) / item)]
 
 
-def save_params(workdir: str, params) -> None:
-    """Writes parameters alone into a work directory."""
+def save_params(workdir: str, params, step: int = 0) -> None:
+    """Writes parameters alone into a work directory; its earlier steps are removed then."""
     manager = Manager(workdir)
     try:
-        manager.save_params(params)
+        manager.save_params(params, step)
     finally:
         manager.close()
 
 
-def load_params(workdir: str, model: molmo2.Molmo2, mesh=None):
-    """Returns the newest parameters of a work directory, without optimiser state.
+def _parts(flat) -> list[list[str]]:
+    """Returns the paths of arrays in groups of at most PART_BYTES, or of one array."""
+    groups: list[list[str]] = []
+    room = 0
+    for path, leaf in flat.items():
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if not groups or size > room:
+            groups.append([])
+            room = PART_BYTES
+        groups[-1].append(path)
+        room -= size
+    return groups
+
+
+def load_params(workdir: str, model: molmo2.Molmo2, mesh=None,
+                kept: Callable[[str, jax.Array], Any] | None = None, lora: finetune.LoraConfig | None = None):
+    """Returns the newest parameters that a work directory holds, without optimiser state.
+
+    Args:
+      kept: as in `Manager.restore_params`.
+      lora: of the run, if it trained adapters: only what it trained is in its checkpoints.
 
     Raises:
       ValueError: there are none, or they do not have the model's shapes.
@@ -254,14 +360,14 @@ def load_params(workdir: str, model: molmo2.Molmo2, mesh=None):
         raise ValueError(f"a work directory must hold a checkpoint to load; got none in {workdir}")
     manager = Manager(workdir)
     try:
-        return manager.restore_params(
-            state_lib.abstract_params(model, mesh or sharding.make_mesh(sharding.MeshConfig())))
+        mesh = mesh or sharding.make_mesh(sharding.MeshConfig())
+        return manager.restore_params(state_lib.abstract_params(model, mesh, lora), kept)
     finally:
         manager.close()
 
 
 def _named(tree) -> dict:
-    """Returns path -> array; the containers' kinds do not matter."""
+    """Returns path -> array, independent of the types of the containers."""
     def name(key):
         return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 

@@ -2,31 +2,34 @@
 
 import contextlib
 import errno
+import glob
+import itertools
 import json
 import math
 import os
 import pathlib
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from typing import IO, Any
 
 from etils import epath
 
-# What a file system answers when the fault is its own: full, over quota, read-only, broken, gone.
+# Errors for which the file system itself is at fault: full, over quota, read-only, broken, gone.
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE, errno.ENOTCONN)
 
 
 class StorageError(OSError):
-    """A disk could not be written; the message is a sentence with the cause, the place and the remedy."""
+    """A disk could not be written; the message is one sentence: cause, path and remedy."""
 
 
 def storage_cause(error: BaseException | None) -> str:
-    """Returns which fault of a disk an error or one of its causes reports, in the system's words; else "".
+    """Returns the disk fault that an error or one of its causes reports, as the system words it; "" if none.
 
-    TensorStore reports such faults as "STATUS: ..." in a ValueError. Any other ValueError was raised by code
-    that knew what it read, such as a broken film, and its causes do not count; nor do errors of libraries
-    that reuse OSError, as PyAV does.
+    TensorStore reports such faults as "STATUS: ..." in a ValueError. Any other ValueError is about the
+    content of a file, such as a broken video, so its causes are ignored; so are the errors of libraries that
+    reuse OSError, as PyAV does.
     """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -42,7 +45,7 @@ def storage_cause(error: BaseException | None) -> str:
 
 
 def free_space(name: str | os.PathLike) -> str:
-    """Returns how much of a local path's disk is free, in words; "" for a bucket or a path that is gone."""
+    """Returns the free space on a local path's disk, as text; "" for a bucket or a path that is gone."""
     try:
         usage = None if is_remote(name) else shutil.disk_usage(name)
     except OSError:
@@ -51,7 +54,7 @@ def free_space(name: str | os.PathLike) -> str:
 
 
 def path(name: str | os.PathLike) -> epath.Path:
-    """Returns an absolute path; those with a scheme stay as they are."""
+    """Returns an absolute path; paths with a scheme are unchanged."""
     text = os.fspath(name)
     return epath.Path(text if is_remote(text) else os.path.abspath(text))
 
@@ -60,13 +63,25 @@ def is_remote(name: str | os.PathLike) -> bool:
     return "://" in os.fspath(name)
 
 
+def matching(pattern: str) -> list[str]:
+    """Returns the names of the files that match a pattern, here or in a bucket, in order."""
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern))
+    parts = pathlib.PurePath(pattern.partition("://")[2]).parts
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts))
+    folder = epath.Path(f"{pattern.partition('://')[0]}://{'/'.join(fixed)}")
+    if len(fixed) == len(parts):
+        return [pattern] if folder.exists() else []
+    return sorted(map(os.fspath, folder.glob("/".join(parts[len(fixed):]))))
+
+
 def has_content(folder: epath.Path) -> bool:
-    """Returns whether there is a folder with something in it."""
+    """Returns whether `folder` is a folder that is not empty."""
     return folder.is_dir() and any(True for _ in folder.iterdir())
 
 
 def copy(source: epath.Path, target: epath.Path) -> None:
-    """Copies the files of a folder and of those in it, over what is there."""
+    """Copies a folder recursively, overwriting existing files."""
     for one in source.iterdir():
         if one.is_dir():
             copy(one, target / one.name)
@@ -77,15 +92,35 @@ def copy(source: epath.Path, target: epath.Path) -> None:
 
 @contextlib.contextmanager
 def whole(target: pathlib.Path | epath.Path) -> Iterator[IO[str]]:
-    """Returns a text file to write that has its name only once the block has ended without an error.
+    """Returns a text file to write, which gets its name only when the block ends without an error.
 
-    Makes the folders around it. After an error nothing is left of it, and an earlier file stays.
+    Creates parent folders. After an error the partial file is removed and an earlier file is kept.
     """
+    with (_renamed(target, f".{target.name}.partial") as partial,
+          partial.open("w", encoding="utf-8") as file):
+        yield file
+
+
+@contextlib.contextmanager
+def whole_bytes(target: pathlib.Path | epath.Path) -> Iterator[IO[bytes]]:
+    """As `whole`, of a binary file. Several processes may write one target at once; the last one wins."""
+    with whole_path(target) as partial, partial.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def whole_path(target: pathlib.Path | epath.Path) -> Iterator[Any]:
+    """As `whole_bytes`, but returns the path of the file to write."""
+    with _renamed(target, f".{target.name}.{secrets.token_hex(8)}.partial") as partial:
+        yield partial
+
+
+@contextlib.contextmanager
+def _renamed(target, name: str) -> Iterator[Any]:
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = target.with_name(name)
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield file
+        yield partial
         partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -93,7 +128,7 @@ def whole(target: pathlib.Path | epath.Path) -> Iterator[IO[str]]:
 
 
 def to_json(value: Any, **how) -> str:
-    """Returns json.dumps(value, **how) with null for NaN and infinities, which JSON does not know."""
+    """Returns json.dumps(value, **how) with null for NaN and infinities, which JSON lacks."""
     return json.dumps(_finite(value), allow_nan=False, **how)
 
 
@@ -106,6 +141,6 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(target: pathlib.Path | epath.Path, value: Any) -> None:
-    """Writes a file that is there whole or not at all, and the folders around it."""
+    """Writes a JSON file atomically, and creates its parent folders."""
     with whole(target) as file:
         file.write(to_json(value, indent=1))

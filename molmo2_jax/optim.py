@@ -1,7 +1,7 @@
-"""One optimiser per tower: own learning rate, warm-up and gradient clipping; some tables frozen.
+"""One optimiser per tower, with its own learning rate, warm-up and gradient clipping; some tables frozen.
 
 Source: reference, olmo/train/optim.py; paper, appendix (training hyper-parameters). Gradients are clipped
-tower by tower, there is no joint norm.
+per tower; there is no joint norm.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-TOWER_OF = {"vision": "vit", "connector": "connector", "new_embedding": "connector",
-            "text": "llm", "head": "llm", "base_embedding": "llm"}
+TOWER_OF = {"vision": "vit", "connector": "connector", "new_embedding": "connector", "new_head": "connector",
+            "text": "llm", "head": "llm", "base_embedding": "llm", "pointer": "pointer"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tower:
-    """Peak learning rate of a tower and how many steps it warms up for."""
+    """Peak learning rate of a tower and the number of its warm-up steps."""
     lr: float
     warmup: int = 200
 
@@ -43,11 +43,12 @@ class Muon:
 class OptimConfig:
     """One optimiser per tower, cosine to `floor` of the peak. Defaults are the recipe's SFT stage.
 
-    The paper's table prints 2e-4 for the decoder in pre-training; code and re-implementation use 2e-5.
+    The paper's table gives 2e-4 for the decoder in pre-training; its code and re-implementation use 2e-5.
     """
     vit: Tower = Tower(lr=5e-6)
-    connector: Tower = Tower(lr=5e-6)   # the added token embeddings belong to it
+    connector: Tower = Tower(lr=5e-6)   # also for the added tokens' embeddings and rows of the head
     llm: Tower = Tower(lr=1e-5)
+    pointer: Tower = Tower(lr=1e-4)     # of models with config.PointerConfig
     floor: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -56,14 +57,14 @@ class OptimConfig:
     clip_norm: float = 1.0
     frozen: tuple[str, ...] = ("base_embedding",)  # top-level parameters that never change
     muon: Muon | None = None            # None: AdamW for all parameters
-    offload: bool = False               # moments wait in the hosts' memory while gradients are computed
+    offload: bool = False               # keep moments in the hosts' memory while gradients are computed
 
     def __post_init__(self):
         unknown = set(self.frozen) - set(TOWER_OF)
         if unknown:
             raise ValueError(f"frozen must name parameters among {sorted(TOWER_OF)}; got {sorted(unknown)}")
         if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor is a share of the peak learning rate, 0 to 1; got {self.floor}")
+            raise ValueError(f"floor must be a fraction of the peak learning rate, 0 to 1; got {self.floor}")
 
 
 def learning_rate(tower: Tower, floor: float, total: int, step):
@@ -75,7 +76,7 @@ def learning_rate(tower: Tower, floor: float, total: int, step):
 
 
 def _decays(params):
-    """Returns which parameters weight decay acts on: not embeddings, norms, positions, patch kernels
+    """Returns the mask of weight decay: all parameters but embeddings, norms, positions and patch kernels
     (reference: olmo/train/optim.py)."""
     spared = ("norm", "position", "embedding", "patch")
     return _map_paths(lambda path, _: not any(word in key for key in path for word in spared), params)
@@ -87,15 +88,21 @@ def _map_paths(function, tree):
         lambda path, leaf: function(tuple(key.key for key in path), leaf), tree)
 
 
-def _kernel_axes(path: tuple[str, ...], leaf):
-    """Returns Muon's view of a parameter as a matrix, or None for what AdamW keeps.
+def num_in(module: str) -> int:
+    """Returns the number of a kernel's axes that are inputs, from the path of its module: two, heads and head
+    width, in the output of attention, else one."""
+    return 2 if module.rpartition("/")[2] == "o" else 1
 
-    Heads and head width are one axis; a leading layers axis is a batch of matrices.
+
+def _kernel_axes(path: tuple[str, ...], leaf):
+    """Returns the dimensions by which Muon treats a parameter as a matrix, or None for parameters of AdamW.
+
+    Heads and head width count as one axis; a leading layers axis is a batch of matrices.
     """
     if path[-1] != "kernel":
         return None
     axes = tuple(range(int("layers" in path), leaf.ndim))
-    inputs = 2 if path[-2] == "o" else 1
+    inputs = num_in(path[-2])
     return optax.contrib.MuonDimensionNumbers(reduction_axis=axes[:inputs], output_axis=axes[inputs:])
 
 
@@ -114,8 +121,8 @@ def _update_rule(config: OptimConfig, tower: Tower, total: int) -> optax.Gradien
 
 
 class Optimiser(NamedTuple):
-    """An optax.GradientTransformation that knows which top-level parameters it never changes, and in which
-    kind of memory its moments are kept (None: the devices' own)."""
+    """An optax.GradientTransformation with the names of the top-level parameters it never changes, and the
+    memory kind of its moments (None: the devices' own)."""
     init: Callable
     update: Callable
     frozen: tuple[str, ...] = ()
@@ -123,17 +130,18 @@ class Optimiser(NamedTuple):
 
 
 def make(config: OptimConfig, total_steps: int) -> Optimiser:
-    """Returns the transformation of a run of `total_steps`: clip and update, tower by tower.
+    """Returns the transformation of a run of `total_steps`: clips and updates each tower on its own.
 
-    It acts on the dictionary of top-level parameters; its state is a dictionary of towers.
+    It takes the dictionary of top-level parameters; its state is a dictionary of towers.
     """
-    towers = {"vit": config.vit, "connector": config.connector, "llm": config.llm}
+    towers = {"vit": config.vit, "connector": config.connector, "llm": config.llm, "pointer": config.pointer}
     rules = {name: optax.chain(optax.clip_by_global_norm(config.clip_norm),
                                _update_rule(config, tower, total_steps)) for name, tower in towers.items()}
 
     def split(tree):
         return {name: {key: tree[key] for key in tree
-                       if TOWER_OF[key] == name and key not in config.frozen} for name in towers}
+                       if TOWER_OF[key] == name and key not in config.frozen} for name in towers
+                if name != "pointer" or name in tree}
 
     def init(params):
         return {name: rules[name].init(part) for name, part in split(params).items()}
@@ -142,7 +150,7 @@ def make(config: OptimConfig, total_steps: int) -> Optimiser:
         updates, new_state = {key: jax.tree.map(jnp.zeros_like, grads[key]) for key in config.frozen
                               if key in grads}, {}
         of_tower, params_of = split(grads), split(params)
-        for name in towers:
+        for name in of_tower:
             part, new_state[name] = rules[name].update(of_tower[name], state[name], params_of[name])
             updates.update(part)
         return {key: updates[key] for key in grads}, new_state
@@ -152,9 +160,9 @@ def make(config: OptimConfig, total_steps: int) -> Optimiser:
 
 
 def offloaded(tx: Optimiser) -> Optimiser:
-    """Returns `tx` with moments that are in the hosts' memory, except while they are updated.
+    """Returns `tx` with its moments in the hosts' memory, except while they are updated.
 
-    Only within jit: the moments come and go with the compiled step. Counts, being scalars, stay.
+    Works only inside jit: the compiled step transfers the moments. Counts, being scalars, stay on the device.
     """
     def moved(state, place):
         return jax.tree.map(lambda x: jax.device_put(x, place) if x.ndim else x, state)
@@ -167,8 +175,8 @@ def offloaded(tx: Optimiser) -> Optimiser:
 
 
 def grad_norms(grads, frozen: tuple[str, ...] = ()) -> dict:
-    """Returns the gradient norm of each tower before clipping, without parameters that are not trained."""
-    squares = {"vit": 0.0, "connector": 0.0, "llm": 0.0}
+    """Returns the gradient norm of each tower before clipping, leaving out frozen parameters."""
+    squares = {"vit": 0.0, "connector": 0.0, "llm": 0.0} | ({"pointer": 0.0} if "pointer" in grads else {})
     for name in sorted(grads.keys() - set(frozen)):
         squares[TOWER_OF[name]] += optax.tree_utils.tree_l2_norm(grads[name], squared=True)
     return {f"grad_norm_{tower}": jnp.sqrt(value) for tower, value in squares.items()}

@@ -1,13 +1,20 @@
-"""What flows from a file on disk to the devices: the shapes of everything, in one legend.
+"""Data structures on the way from a file on disk to the devices, with one legend for all shapes.
 
 N frames of a video, H x W pixels; M crops of P patches of C values; R visual tokens, each pooling up to W
 patches; T tokens of a sequence or row; B rows of a batch.
 
 A visual token refers to patches by `crop * P + patch`, counted over all crops of the same row; -1 means
-"no patch". The k-th `<im_patch>` token of a row uses row k of `pooled`.
+"no patch". The k-th `<im_patch>` token of a row uses row k of `pooled`; with config.PointerConfig the tokens
+`<im_low>` of overviews count with them.
+
+A choice is what a grounding token of such a model stands for: at `<|token_index|>` a row of `pooled`, or
+NO_MORE for "no more points"; at `<|vit_index|>` a slot of the row chosen before; at `<|vit_loc|>` one of 3 x
+3 cells of that patch, numbered down the columns. Slots and cells k are written as `inner(k)` = -2 - k, so
+that only rows are >= 0; -1 is no choice.
 """
 
 import dataclasses
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,28 +34,29 @@ class LossWeight:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One visual input with all its annotations, as read from a data set; nothing is decoded yet.
+    """One visual input with all its annotations, as read from a data set, before decoding.
 
     `annotations` are those of data_pipelines.annotations, opaque here; data_pipelines.formats turns each into
     a Branch once the sampled times and the size of the media are known. At most one of `video` and `images`
     is set.
     """
     annotations: tuple[Any, ...]
-    video: str | None = None                    # path
-    images: tuple[str, ...] = ()                # paths
+    video: Any = None                           # path, or an inputs.kept_video.KeptVideo
+    images: tuple[str | os.PathLike, ...] = ()  # paths
     clip: tuple[float, float] | None = None     # seconds
-    tracking_fps: float | None = None           # rate of annotated tracks, where it decides the sampled times
+    tracking_fps: float | None = None           # rate of annotated tracks, if frames are sampled at it
     subtitles: tuple[tuple[float, float, str], ...] | str = ()  # (start, end in seconds, text), or one text
-    dialogue_share: float = 0.0  # in training: chance that the annotations are turns of one conversation
+    dialogue_share: float = 0.0  # in training: probability of one conversation with all annotations as turns
     source: str = ""                            # data set name, for counts and reports
-    key: str = ""                               # where it came from: "file.jsonl:17"
+    key: str = ""                               # where it was read: "file.jsonl:17"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Branch:
     """One conversation about the visual input: user, model, user, model ... texts.
 
-    Texts carry no chat markup. An even number of turns trains; an odd number asks for the last answer.
+    Texts contain no chat markup; answers may contain grounding tokens with choices (inputs/grounded.py). An
+    even number of turns is for training; with an odd number the model is to give the last answer.
     """
     turns: tuple[str, ...]
     weight: LossWeight = LossWeight()
@@ -56,14 +64,15 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Media:
-    """What annotations and answers are relative to: a video or images as the model sees them, without pixels.
+    """A video or images as the model sees them, without pixels: what annotations and answers refer to.
 
-    Text alone has no sizes. Only a video has `seconds`.
+    `sizes` is empty for text alone. Only a video has `seconds`.
     """
     sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels of each image, or of the one video
     seconds: np.ndarray | None = None        # float64[N] of the frames shown, from the start of the clip
     duration: float = 0.0                    # of the clip, seconds
     fps: float = 0.0                         # average rate of the source video
+    cells: Any = None                        # inputs.grounded.Cells, for models with a pointer
 
     @property
     def is_video(self) -> bool:
@@ -73,7 +82,7 @@ class Media:
 @dataclasses.dataclass(frozen=True)
 class Frames:
     """Frames of one video as shown at `seconds` (relative to the clip's start)."""
-    pixels: np.ndarray       # uint8[N, H, W, 3], at the size that was asked for
+    pixels: np.ndarray       # uint8[N, H, W, 3], at the requested size
     seconds: np.ndarray      # float64[N]
     width: int               # of the source video, pixels
     height: int
@@ -82,7 +91,7 @@ class Frames:
 
     @property
     def media(self) -> Media:
-        """Returns what annotations and answers are relative to."""
+        """Returns the Media that annotations and answers refer to."""
         return Media(sizes=((self.width, self.height),), seconds=self.seconds, duration=self.duration,
                      fps=self.fps)
 
@@ -91,29 +100,31 @@ class Frames:
 class Crops:
     """Pixels and their grouping into visual tokens, with the visual part of the token sequence.
 
-    `tokens` holds the ids to insert behind BOS: markers, `<im_patch>`, and text such as frame times.
+    `tokens` holds the ids to insert after BOS: markers, `<im_patch>`, and text such as frame times.
     `image` numbers the images or frames 0, 1, ... at visual tokens and is -1 at text.
     """
     patches: np.ndarray      # uint8[M, P, C]
     pooled: np.ndarray       # int32[R, W]
     tokens: np.ndarray       # int32[T]
     image: np.ndarray        # int32[T]
+    grids: tuple[np.ndarray, ...] = ()   # int[h, w] of each image or frame: the patch at each place
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
     """A message tree laid out flat: root (BOS and all visual tokens), then branch 0, 1, ...
 
-    Already shifted: position i predicts targets[i]. Positions restart behind the root in each branch.
+    Already shifted: position i predicts targets[i]. Positions restart after the root in each branch.
     """
     tokens: np.ndarray       # int32[T]
     targets: np.ndarray      # int32[T]
-    weights: np.ndarray      # float32[T], 0 where nothing is learnt
+    weights: np.ndarray      # float32[T], 0 where nothing is learned
     positions: np.ndarray    # int32[T]
     branch: np.ndarray       # int32[T], -1 in the root
     image: np.ndarray        # int32[T], -1 at text
     patches: np.ndarray      # uint8[M, P, C]
     pooled: np.ndarray       # int32[R, W]
+    choice: np.ndarray | None = None   # int32[T], -1 at other tokens; None: no grounding tokens
 
 
 class RowShape(NamedTuple):
@@ -121,7 +132,7 @@ class RowShape(NamedTuple):
     T: int                   # tokens
     M: int                   # crops
     R: int                   # visual tokens
-    W: int                   # patches that one visual token pools, at most
+    W: int                   # most patches that one visual token pools
 
 
 class Batch(NamedTuple):
@@ -134,26 +145,42 @@ class Batch(NamedTuple):
     targets: Any             # int32[B, T]
     weights: Any             # float32[B, T]
     positions: Any           # int32[B, T], restart in every example and every branch
-    end: Any                 # int32[B, T], first position that may no longer see this key by causality
-    group: Any               # int32[B, T], at visual tokens: counts the examples of a row that have some
-    image: Any               # int32[B, T], at visual tokens: counts the images and frames of a row
-    example: Any             # int32[B, T], which of the packed examples
+    end: Any                 # int32[B, T], first position from which causality hides this key
+    group: Any               # int32[B, T], at visual tokens: index among the row's examples that have any
+    image: Any               # int32[B, T], at visual tokens: index of the image or frame in the row
+    example: Any             # int32[B, T], index of the packed example
     branch: Any              # int32[B, T], -1 in roots
     patches: Any             # uint8[B, M, P, C]
     pooled: Any              # int32[B, R, W]
+    choice: Any = None       # int32[B, T], -1 at other tokens; None for models without a pointer
+
+
+NO_MORE = 2**30   # the choice at `<|token_index|>` that ends a group of points
+
+
+def inner(choice):
+    """Returns -2 - choice: the choice that stands for a slot or cell, and the slot or cell of a choice."""
+    return -2 - choice
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Shape and dtype of an array, under the names that jax reads them by."""
+    """Shape and dtype of an array, under the names that jax expects."""
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
-def batch_shapes(rows: int, shape: RowShape, patch_shape: tuple[int, int]) -> Batch:
-    """Returns a Batch of ArraySpecs: `rows` rows of `shape` with patches of `patch_shape` (P, C)."""
+def batch_shapes(rows: int, shape: RowShape, patch_shape: tuple[int, int], has_choices: bool = False
+                 ) -> Batch:
+    """Returns a Batch of ArraySpecs: `rows` rows of `shape` with patches of `patch_shape` (P, C).
+
+    has_choices: for a model with a pointer; without, `choice` is None.
+    """
     T, M, R, W = shape
-    specs = dict.fromkeys(Batch._fields, ArraySpec((rows, T), np.dtype(np.int32)))
+    specs: dict[str, ArraySpec | None] = dict.fromkeys(
+        Batch._fields, ArraySpec((rows, T), np.dtype(np.int32)))
+    if not has_choices:
+        specs["choice"] = None
     return Batch(**specs | {
         "weights": ArraySpec((rows, T), np.dtype(np.float32)),
         "patches": ArraySpec((rows, M, *patch_shape), np.dtype(np.uint8)),

@@ -1,4 +1,4 @@
-"""Every test runs on eight pretend CPU devices, within a limit of time; set before anything imports jax."""
+"""Tests run on eight simulated CPU devices and within a time limit; this is set before jax is imported."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ _KEPT_DAYS = 14
 
 
 def _processor() -> str:
-    """Returns a name for what the processor can do: programs compiled for one may crash on another."""
+    """Returns a key for the processor's features: programs compiled for one may crash on another."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -23,19 +23,19 @@ def _processor() -> str:
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join([
     os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
-    # The cheapest machine code, from the older emitters, takes a quarter of the time to compile, and tests
-    # run a program once or twice.
+    # Unoptimised code from the older emitters compiles in a quarter of the time, and tests run a program
+    # only once or twice.
     "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
-    # Devices that wait for each other on a busy machine would end the process after 40 s.
+    # By default, devices that wait 40 s for each other, as on a busy machine, end the process.
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=300",
     "--xla_cpu_collective_call_terminate_timeout_seconds=3000",
     "--xla_cpu_collective_timeout_seconds=3000"]).strip()
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-# Where TensorFlow is installed (for seqio) it would look for gs:// in the cloud, not in the tests' memory.
+# If TensorFlow is installed (for seqio), etils would use it for gs:// instead of the tests' fake.
 os.environ["EPATH_USE_TF"] = "false"
-# Workers share the programs that they compile, and a later run reads them: most of the time is compilation.
-# Two workers may write one program at once: a reader that finds half of it cannot unpack it, and compiles.
+# Compilation takes most of the time, so workers and later runs share compiled programs. A worker that reads
+# a half-written program cannot unpack it, and compiles again.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHES / _processor()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
@@ -46,12 +46,12 @@ from absl import flags
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes read flags
 
-# A busy machine may take any time for an example, or to draw one.
+# On a busy machine, drawing or running an example may take arbitrarily long.
 hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")
 
-pytest_plugins = ["tests.limits"]
+pytest_plugins = ["tests.limits", "tests.browser"]
 
 
 def pytest_addoption(parser):
@@ -72,7 +72,7 @@ def _forget_old_programs() -> None:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves slow tests out unless they are asked for, and begins with the files that cost most."""
+    """Drops slow tests unless requested, and starts with the most expensive files."""
     from tests import limits  # pytest imports its plugins first
     asked = config.option.slow or config.option.markexpr or any("::" in one for one in config.args)
     slow = [] if asked else [item for item in items if item.get_closest_marker("slow")]
@@ -100,4 +100,4 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter, config):
     if config.left_out:
         terminalreporter.write_line(
-            f"{config.left_out} slow tests were left out; `bash launch/test.sh --slow` runs them too")
+            f"{config.left_out} slow tests were not run; `bash launch/test.sh --slow` runs them too")

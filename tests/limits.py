@@ -1,11 +1,11 @@
-"""How long a test may take before it counts as hung, and what then happens to it and to its processes.
+"""Time limits of tests: when a test counts as hung, and how it and its processes are then stopped.
 
 A phase of a test (setup, call, teardown) may take `hang_seconds` of pyproject.toml, or ROOM times the seconds
-that its marker `slow` names if that is more. Then an alarm ends what the test started and fails the test; its
-fixtures clean up and the run continues. A main thread that is stuck in native code does not see the alarm:
-GRACE seconds later the process prints all stacks and exits, xdist reports the test as the one that crashed a
-worker, and the processes that the worker started end with it. pytest-timeout has either of the two, not one
-after the other, and leaves processes alone.
+of its marker `slow` if that is more. Then an alarm kills the processes that the test started and fails the
+test; its fixtures clean up and the run continues. A main thread stuck in native code does not handle the
+alarm: GRACE seconds later the process prints all stacks and exits, xdist reports that the test crashed a
+worker, and the worker's processes are killed. pytest-timeout offers either of the two, not one after the
+other, and does not kill processes.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import pytest
 
 ROOM = 30    # a busy machine may take this many times the seconds of an idle one
 GRACE = 60   # seconds from the alarm to the end of the process
-MARK = "MOLMO2_TEST_PROCESS"  # variable that processes inherit from the test process that starts them
+MARK = "MOLMO2_TEST_PROCESS"  # environment variable inherited by processes that a test starts
 
 _errors = pytest.StashKey[int]()
 _mark = pytest.StashKey[str]()
@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[_errors] = os.dup(2)  # tests have theirs captured
+    config.stash[_errors] = os.dup(2)  # pytest captures that of tests
     alone = {"testrunuid": f"{os.getpid()}-{time.time_ns()}", "workerid": "alone"}
     config.stash[_mark] = os.environ[MARK] = _mark_of(getattr(config, "workerinput", alone))
 
@@ -44,7 +44,7 @@ def _mark_of(worker: dict) -> str:
 
 
 def cost(item: pytest.Item) -> float:
-    """Returns the seconds that the marker `slow` names, 0 without one."""
+    """Returns the seconds of the marker `slow`; 0 without one."""
     marker = item.get_closest_marker("slow")
     return marker.args[0] if marker and marker.args else 0
 
@@ -57,7 +57,7 @@ def seconds(item: pytest.Item) -> float:
 def end_processes(mark: str, since: float = 0.0) -> None:
     """Kills the processes that inherited the mark and started after `since`, seconds after boot."""
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended by itself, or belongs to another user
+        with contextlib.suppress(OSError):  # the process has ended, or belongs to another user
             variables = (folder / "environ").read_bytes().split(b"\0")
             ticks = int((folder / "stat").read_text().rpartition(")")[2].split()[19])
             if f"{MARK}={mark}".encode() in variables and ticks >= int(since * os.sysconf("SC_CLK_TCK")):
@@ -66,7 +66,7 @@ def end_processes(mark: str, since: float = 0.0) -> None:
 
 @contextlib.contextmanager
 def _limited(config, limit, what):
-    """Lets the block take `limit` seconds."""
+    """Limits the block to `limit` seconds."""
     since = time.clock_gettime(time.CLOCK_BOOTTIME)
 
     def fail(*_):
@@ -109,5 +109,5 @@ def pytest_collection(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    """Ends what a worker of xdist left, which would hold the pipes that the run is read through."""
+    """Kills the remaining processes of an xdist worker, which would keep the run's output pipes open."""
     end_processes(_mark_of(node.workerinput))

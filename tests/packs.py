@@ -1,6 +1,8 @@
-"""Random small models, parameters, message trees and rows for tests. Everything follows from a seed.
+"""Random small models, parameters, message trees and rows for tests, determined by a seed.
 
-Visual tokens pool random patches of their own image, with empty slots: more than any real tiling does.
+Visual tokens pool random patches of their own image, with empty slots: more general than any real tiling.
+
+B rows, T tokens, M crops of P patches of C values, R pooled rows.
 """
 
 import dataclasses
@@ -11,13 +13,13 @@ import numpy as np
 from molmo2_jax import config as config_lib
 from molmo2_jax import types
 from molmo2_jax.hf import weights
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import rows as rows_lib
 
 STYLES = ("qwen3", "qwen3_tied", "olmo")
 
 
 def random_config(style: str, seed: int) -> config_lib.Molmo2Config:
-    """Returns a model of a few thousand parameters; every size that can vary does."""
+    """Returns the config of a model of a few thousand parameters; every size that can vary does."""
     rng = np.random.default_rng((STYLES.index(style), seed))
     pick = lambda *options: int(rng.choice(options))
     depth, layers, patch = pick(2, 3, 4), pick(2, 3, 4), pick(2, 3)
@@ -43,7 +45,7 @@ def random_config(style: str, seed: int) -> config_lib.Molmo2Config:
 
 
 def random_params(config: config_lib.Molmo2Config, seed: int = 0) -> dict:
-    """Returns a parameter tree of numpy arrays in which every entry matters, biases and norms too."""
+    """Returns a parameter tree of numpy arrays in which every entry has an effect, biases and norms too."""
     rng = np.random.default_rng(seed)
     flat = {}
     for path, leaf in weights.abstract_params(config).items():
@@ -55,7 +57,7 @@ def random_params(config: config_lib.Molmo2Config, seed: int = 0) -> dict:
         elif kind == "scale":
             noise = 1 + 0.2 * noise
         else:
-            # A tied head multiplies by the table: its logits stay about 1.
+            # A tied head multiplies by this table: keep its logits near 1.
             embedding = 1.25 * config.text.width ** -0.5 if config.text.tied_head else 0.5
             noise *= {"bias": 0.2, "head": config.text.width ** -0.5}.get(kind, embedding)
         flat[path] = noise.astype(np.float32, copy=False)
@@ -64,7 +66,7 @@ def random_params(config: config_lib.Molmo2Config, seed: int = 0) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Visual:
-    """Crops with what transformers wants to know: grids of an image (overview, tiles) or of a video."""
+    """Crops and what transformers needs in addition: grids of an image (overview, tiles) or of a video."""
     crops: types.Crops
     grids: np.ndarray       # int[images, 4] or int[1, 3]
     num_crops: np.ndarray   # int[images]
@@ -104,7 +106,7 @@ def images(rng, config: config_lib.Molmo2Config, count: int, num_tiles: int = 2)
 
 
 def video(rng, config: config_lib.Molmo2Config, count: int) -> Visual:
-    """Returns frames of 1 x 2 tokens, two tokens of text before each."""
+    """Returns frames of 1 x 2 tokens, each after two tokens of text."""
     P, C = config.vision.num_patches, config.vision.patch_values
     start, end, patch = (config.special_id(t) for t in ("<frame_start>", "<frame_end>", "<im_patch>"))
     tokens, image, pooled = [], [], []
@@ -142,7 +144,7 @@ def sequence(rng, config: config_lib.Molmo2Config, visual: Visual | None, branch
 
 
 def random_sequence(rng, config: config_lib.Molmo2Config) -> types.Sequence:
-    """Returns text alone, images or a video, with one to four branches of 1 to 9 tokens."""
+    """Returns text only, images or a video, with one to four branches of 1 to 9 tokens."""
     kind = rng.integers(4)
     visual = None
     if kind == 1:
@@ -155,7 +157,7 @@ def random_sequence(rng, config: config_lib.Molmo2Config) -> types.Sequence:
 def row(sequences, config: config_lib.Molmo2Config, T: int, M: int, R: int) -> types.Batch:
     """Returns a Batch of one row."""
     shape = types.RowShape(T=T, M=M, R=R, W=math.prod(config.connector.video_window))
-    return packing.join(sequences, shape, config.vision.patch_shape)
+    return rows_lib.join(sequences, shape, config.vision.patch_shape)
 
 
 def random_rows(seed: int, config: config_lib.Molmo2Config, B: int, T: int, M: int = 16, R: int = 64
@@ -171,7 +173,7 @@ def random_rows(seed: int, config: config_lib.Molmo2Config, B: int, T: int, M: i
                     or sum(len(s.pooled) for s in held) > R):
                 break
         rows.append(row(held[:-1], config, T, M, R))
-    return packing.stack(rows)
+    return rows_lib.stack(rows)
 
 
 def seen_by_the_reference(batch: types.Batch, visual_attention: str = "image_tokens") -> np.ndarray:

@@ -1,7 +1,9 @@
-"""What was saved comes back bit for bit, on any mesh; what is damaged is passed over and said."""
+"""A saved state is restored bit for bit, on any mesh; damaged checkpoints are reported and skipped."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import logging
 import os
@@ -34,12 +36,12 @@ def assert_equal(a, b):
 
 @functools.cache
 def abstract(model, tx, mesh=None):
-    """Returns state_lib.abstract, on one device by default; tracing the model again would take a second."""
+    """Returns state_lib.abstract, on one device by default; cached, because tracing takes a second."""
     return state_lib.abstract(model, tx, mesh or tiny.mesh())
 
 
 def random_state(step, model=MODEL, mesh=None):
-    """Returns a state in which every bit matters; nothing is compiled to make it."""
+    """Returns a state of random values, drawn with numpy to avoid compilation."""
     rng = np.random.default_rng(step)
     def draw(leaf):
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -52,7 +54,7 @@ def random_state(step, model=MODEL, mesh=None):
 
 @pytest.fixture
 def manager(tmp_path):
-    """Makes managers of the folder, and closes them when the test ends."""
+    """Returns a function that opens managers of the folder; they are closed when the test ends."""
     made = []
 
     def make(keep=3):
@@ -109,14 +111,14 @@ def resize(disk, kilobytes):
     subprocess.run(["mount", "-o", f"remount,size={int(kilobytes)}k", str(disk)], check=True, timeout=60)
 
 
-# Kilobytes: a checkpoint, never twice of the same size, has more than 130 of what describes its arrays.
+# Kilobytes; the metadata of a checkpoint, whose size varies, takes more than 130.
 @pytest.mark.parametrize(("has_saved", "room"), [(False, 128), (True, 8), (True, 64), (True, 128)])
-def test_a_full_disk_is_one_sentence_that_says_what_is_kept(small_disk, has_saved, room):
+def test_a_full_disk_is_reported_in_one_sentence_that_says_what_is_kept(small_disk, has_saved, room):
     disk = small_disk(4096)
     if has_saved:
         first = checkpoint.Manager(str(disk), 3)
         save(first, 1)
-        first.close()   # nothing is still to be deleted
+        first.close()   # waits for pending deletions
     resize(disk, shutil.disk_usage(disk).used / 1024 + room)
     full = checkpoint.Manager(str(disk), 3)
     with pytest.raises(Exception) as caught:
@@ -135,10 +137,47 @@ def test_a_full_disk_is_one_sentence_that_says_what_is_kept(small_disk, has_save
         again.close()
 
 
-def test_other_errors_are_not_put_on_the_disk(tmp_path):
+@pytest.mark.parametrize("keep", [1, 3])
+def test_a_failed_background_save_is_noticed_without_another_save_and_the_last_one_is_kept(
+        manager, monkeypatch, keep):
+    first = manager(keep)
+    save(first, 1)
+    first.check()   # the save succeeded
+    monkeypatch.setattr(checkpoint._Write, "result", no_space)
+    failing = manager(keep)
+    failing.save(2, random_state(2), batches_at(20))
+    with pytest.raises(OSError, match="No space left"):
+        while True:
+            failing.check()
+    with contextlib.suppress(OSError):
+        failing.close()
+    monkeypatch.undo()
+    assert_restores(manager(keep), 1)
+
+
+def no_space(self, timeout=None):
+    self._future.result(timeout)
+    self._failures.append(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    raise self._failures[0]
+
+
+def test_the_error_of_a_background_write_is_noted_before_anything_is_waited_for(manager, monkeypatch):
+    """Orbax itself reports it after a barrier of all processes."""
+    one = manager()
+    failing = concurrent.futures.Future()
+    failing.set_exception(OSError(errno.EROFS, os.strerror(errno.EROFS)))
+    with pytest.raises(OSError, match="Read-only"):
+        checkpoint._Write(failing, one._failures).result()
+    monkeypatch.setattr(one._manager, "is_saving_in_progress", lambda: True)
+    with pytest.raises(OSError, match="Read-only"):
+        one.check()
+
+
+def test_other_errors_are_not_blamed_on_the_disk(tmp_path):
     assert checkpoint.explain(str(tmp_path), ValueError("shapes differ")) is None
 
 
+@pytest.mark.slow(6)
 def test_moments_move_between_the_devices_and_the_hosts_memory(manager):
     saved, there = random_state(1), abstract(MODEL, optim.offloaded(TX))
     one = manager()
@@ -155,7 +194,7 @@ def test_moments_move_between_the_devices_and_the_hosts_memory(manager):
     assert {x.sharding.memory_kind for x in jax.tree.leaves(back.opt_state)} == {"device"}
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_data_position(manager):
+def test_a_state_is_restored_bit_for_bit_with_its_data_position(manager):
     save(manager(), 1, 2)
     restored = assert_restores(manager(), 2)
     assert (jax.random.bits(restored.rng, (4,)) == jax.random.bits(random_state(2).rng, (4,))).all()
@@ -170,13 +209,13 @@ def test_a_state_may_be_restored_on_another_mesh(manager):
 
 
 class SharedBatches(tiny.Batches):
-    """Batches that go where the farthest of several processes stood."""
+    """Batches that resume at the largest position of several processes."""
 
     def set_states(self, states):
         self.set_state({"next": max(state["next"] for state in states)})
 
 
-def test_the_data_position_of_another_number_of_processes_is_handed_over_whole(manager, tmp_path):
+def test_data_positions_of_another_number_of_processes_are_passed_on_together(manager, tmp_path):
     save(manager(), 1)
     folder = tmp_path / "checkpoints/1/data"
     (folder / "process_0-of-1.json").rename(folder / "process_0-of-2.json")
@@ -210,7 +249,7 @@ def test_a_state_of_another_model_is_refused_with_every_path_that_differs(manage
 
 
 def damage(folder: pathlib.Path):
-    """Cuts every file of a saved state that is not tiny to half."""
+    """Truncates every file of more than 200 bytes to half."""
     large = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 200]
     assert large
     for path in large:
@@ -227,7 +266,7 @@ def empty(folder):
 
 
 def flip(folder):
-    """Changes one byte in the middle of every file of array data: storage may not need each of them."""
+    """Changes one byte in the middle of every file of array data, as storage may not read all of them."""
     large = [path for path in folder.rglob("ocdbt.process_*/d/*") if path.stat().st_size > 1000]
     assert large
     for path in large:
@@ -237,19 +276,19 @@ def flip(folder):
 
 
 def cut(folder):
-    """Takes the last byte from every file that is more than a mark: storage may not need each of them."""
+    """Removes the last byte of every file but the commit mark, as storage may not read all of them."""
     for path in folder.rglob("*"):
         if path.is_file() and path.name != "commit_success.txt":
             path.write_bytes(path.read_bytes()[:-1])
 
 
 def lose(folder):
-    """Removes the position of one process."""
+    """Removes the data position of one process."""
     next(folder.glob("process_*.json")).unlink()
 
 
 def turn(folder):
-    """Changes a digit of a position: it can still be read."""
+    """Changes a digit of a data position, which stays readable."""
     path = next(folder.glob("process_*.json"))
     path.write_text(path.read_text().replace("2", "3"))
 
@@ -259,6 +298,7 @@ def turn(folder):
     (empty, "state", "incomplete"), (empty, ".", "incomplete"),
     (damage, "state", "cannot be read"), (cut, "state", "cannot be read"), (flip, "state", "cannot be read"),
     (cut, "data", "cannot be read"), (turn, "data", "cannot be read"), (lose, "data", "cannot be read")])
+@pytest.mark.slow(9)
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
         harm, item, words, manager, tmp_path, caplog):
     save(manager(), 1, 2)
@@ -267,13 +307,13 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
         again = manager()
         assert_restores(again, 1)
     assert any(words in record.getMessage() and "2" in record.getMessage() for record in caplog.records)
-    save(again, 2, 3)  # the run that goes on from step 1 comes by step 2 again
+    save(again, 2, 3)  # a run that resumes from step 1 saves step 2 again
     assert_restores(manager(), 3)
     assert manager().steps() == [1, 2, 3]
     assert (tmp_path / "checkpoints" / "2.damaged").is_dir()
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(manager, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(manager, tmp_path):
     save(manager(), 1, 2)
     for step in "12":
         damage(tmp_path / "checkpoints" / step / "state")
@@ -282,7 +322,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(manager, tm
     assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
-def test_a_run_whose_checkpoints_are_all_incomplete_does_not_start_anew_either(manager, tmp_path):
+def test_a_run_whose_checkpoints_are_all_incomplete_does_not_start_over_either(manager, tmp_path):
     save(manager(), 1, 2)
     forget(tmp_path / "checkpoints" / "1" / "data")
     empty(tmp_path / "checkpoints" / "2")
@@ -317,7 +357,7 @@ def test_parameters_are_loaded_from_a_run_and_from_parameters_alone(manager, tmp
     assert_equal(checkpoint.load_params(str(tmp_path / "alone"), MODEL), random_state(1).params)
 
 
-def test_parameters_alone_are_not_continued(tmp_path, caplog):
+def test_parameters_alone_are_not_resumed(tmp_path, caplog):
     checkpoint.save_params(str(tmp_path), random_state(1).params)
     manager = checkpoint.Manager(str(tmp_path))
     with caplog.at_level(logging.WARNING):
@@ -332,3 +372,42 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="must hold a checkpoint"):
         checkpoint.load_params(str(tmp_path), MODEL)
+
+
+@pytest.mark.slow(9)
+def test_parameters_are_cast_in_parts_while_they_are_loaded(manager, tmp_path, monkeypatch):
+    save(manager(), 1)
+    monkeypatch.setattr(checkpoint, "PART_BYTES", 2000)
+    reads = []
+    read = checkpoint.Manager._read
+    monkeypatch.setattr(checkpoint.Manager, "_read", lambda self, step, target: (
+        reads.append(sum(leaf.size for leaf in jax.tree.leaves(target))) or read(self, step, target)))
+    mesh = tiny.mesh(fsdp=2)
+    loaded = checkpoint.load_params(str(tmp_path), MODEL, mesh,
+                                    lambda path, leaf: leaf.astype(
+                                        "bfloat16" if path.endswith("kernel") else "float32"))
+    wanted = random_state(1).params
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded):
+        assert leaf.dtype == ("bfloat16" if path[-1].key == "kernel" else "float32")
+    assert_equal(jax.tree.map(lambda leaf: leaf.astype("float32"), loaded),
+                 jax.tree.map(lambda leaf, like: leaf.astype(like.dtype).astype("float32"), wanted, loaded))
+    assert len(reads) > 3 and sum(reads) == sum(leaf.size for leaf in jax.tree.leaves(wanted))
+    assert loaded["head"].sharding.mesh == mesh
+
+
+@pytest.mark.slow(11)
+def test_a_damaged_part_costs_the_step_and_the_one_before_is_loaded(manager, tmp_path, monkeypatch):
+    one = manager(keep=2)
+    save(one, 1)
+    save(one, 2)
+    monkeypatch.setattr(checkpoint, "PART_BYTES", 2000)
+    read, reads = checkpoint.Manager._read, []
+
+    def broken(self, step, target):
+        reads.append(step)
+        return None if step == 2 and reads.count(2) == 3 else read(self, step, target)
+
+    monkeypatch.setattr(checkpoint.Manager, "_read", broken)
+    loaded = checkpoint.load_params(str(tmp_path), MODEL, None, lambda path, leaf: leaf)
+    assert_equal(loaded, random_state(1).params)
+    assert reads[:4] == [2, 2, 2, 1]

@@ -1,4 +1,4 @@
-"""Decoding against a cache: the same answers as whole forward passes, shared or not, batched or not."""
+"""Decoding with a cache: the same answers as full forward passes, with shared roots and in batches."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import pytest
 from molmo2_jax import config as config_lib
 from molmo2_jax import decode
 from molmo2_jax import types
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.model import molmo2
 
 LOGITS_TOLERANCE = 1e-5   # float32; measured 3e-6 on logits of size 6
@@ -64,11 +64,11 @@ def prompt_tree(config, seed: int, num_frames: int, questions: tuple[int, ...]) 
 
 
 def row(config, sequence: types.Sequence, T=64) -> types.Batch:
-    return packing.join([sequence], types.RowShape(T=T, M=4, R=20, W=9), config.vision.patch_shape)
+    return rows_lib.join([sequence], types.RowShape(T=T, M=4, R=20, W=9), config.vision.patch_shape)
 
 
 def ends_of(sequence: types.Sequence, num_questions: int) -> list[int]:
-    """Returns the last position of each question, -1 for questions that the tree does not have."""
+    """Returns the last position of each question, -1 for absent questions."""
     found = [int(np.flatnonzero(sequence.branch == q)[-1]) for q in range(sequence.branch.max() + 1)]
     return found + [-1] * (num_questions - len(found))
 
@@ -81,7 +81,7 @@ def questions(sequences, num_questions, limit=10, first=0) -> decode.Questions:
 
 @functools.lru_cache
 def params_of(config):
-    """Returns random parameters; drawn with numpy, because compiling the initialisation takes seconds."""
+    """Returns random parameters, drawn by numpy because compiling the initialisation takes seconds."""
     one = row(config, prompt_tree(config, 0, 1, (3,)))
     shapes = nn.meta.unbox(jax.eval_shape(molmo2.Molmo2(config).init, jax.random.key(0), one))["params"]
     rng = np.random.default_rng(0)
@@ -95,11 +95,11 @@ def params_of(config):
 
 
 def answers_of(sequences, num_new=10, eos=NO_EOS, limit=10, first=0, **options):
-    """Returns the greedy answers to trees of up to 3 questions; one program for up to 3 trees."""
+    """Returns the greedy answers to trees of up to 3 questions; up to 3 trees share one program."""
     padded = list(sequences) + [sequences[0]] * (3 - len(sequences))
     wanted = questions(padded, 3, limit, first)
     wanted.last[len(sequences):] = -1
-    batch = packing.stack([row(QWEN, one) for one in padded])
+    batch = rows_lib.stack([row(QWEN, one) for one in padded])
     return decode.generate(molmo2.Molmo2(QWEN), params_of(QWEN), batch, wanted, eos=eos, num_new=num_new,
                            **options)
 
@@ -123,6 +123,7 @@ def with_answers(sequence: types.Sequence, answers) -> types.Sequence:
 
 
 @pytest.mark.parametrize("config", [QWEN, OLMO, CAUSAL, WITHIN], ids=["qwen", "olmo", "causal", "within"])
+@pytest.mark.slow(6)
 def test_prefill_and_decode_equal_one_forward_pass_token_by_token(config):
     tree = prompt_tree(config, 1, 3, (5, 2))
     rng = np.random.default_rng(2)
@@ -145,6 +146,7 @@ def test_prefill_and_decode_equal_one_forward_pass_token_by_token(config):
         np.testing.assert_allclose(logits[0], expected[starts + count], atol=LOGITS_TOLERANCE)
 
 
+@pytest.mark.slow(9)
 def test_the_decode_loop_takes_the_most_likely_token_of_the_forward_pass_at_every_step():
     tree = prompt_tree(QWEN, 3, 2, (4, 6, 1))
     answers = answers_of([tree])
@@ -168,7 +170,7 @@ def alone(sequence: types.Sequence, question: int) -> types.Sequence:
     return dataclasses.replace(sequence, **fields)
 
 
-def test_questions_that_share_a_root_get_the_answers_they_get_alone():
+def test_questions_that_share_a_root_have_the_same_answers_as_alone():
     tree = prompt_tree(QWEN, 4, 3, (5, 2, 9))
     together = answers_of([tree])
     for question in range(3):
@@ -178,7 +180,7 @@ def test_questions_that_share_a_root_get_the_answers_they_get_alone():
                                    atol=LOGPROB_TOLERANCE)
 
 
-def test_rows_of_a_batch_with_different_lengths_get_the_answers_they_get_alone():
+def test_rows_of_different_lengths_have_the_same_answers_as_alone():
     trees = [prompt_tree(QWEN, 5, 4, (8, 7)), prompt_tree(QWEN, 6, 0, (1,)), prompt_tree(QWEN, 7, 1, (3, 1))]
     batch = answers_of(trees)
     for number, tree in enumerate(trees):
@@ -219,13 +221,13 @@ def test_a_stop_table_ends_an_answer_with_the_token_that_reaches_minus_one():
     assert answers.ended[0, 0]
 
 
-def test_a_stream_goes_through_the_answers_and_ends_with_them():
+def test_a_stream_grows_to_the_complete_answers():
     trees = [prompt_tree(QWEN, 9, 1, (2, 3)), prompt_tree(QWEN, 10, 1, (4,))]
     expected = answers_of(trees)
     last = np.full((3, 3), -1, np.int32)
     last[:2] = questions(trees, 3).last
     wanted = questions([*trees, trees[0]], 3)._replace(last=last)
-    batch = packing.stack([row(QWEN, one) for one in [*trees, trees[0]]])
+    batch = rows_lib.stack([row(QWEN, one) for one in [*trees, trees[0]]])
     parts = list(decode.stream(molmo2.Molmo2(QWEN), params_of(QWEN), batch, wanted, eos=NO_EOS, num_new=10,
                                every=4))
     assert [int(part.length.max()) for part in parts] == [1, 5, 9, 10]
@@ -236,7 +238,7 @@ def test_a_stream_goes_through_the_answers_and_ends_with_them():
 
 
 @pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
-def test_layers_one_by_one_write_what_stacked_ones_write(config):
+def test_a_list_of_layers_gives_the_same_answers_as_stacked_ones(config):
     tree, model = prompt_tree(config, 14, 2, (3, 5)), molmo2.Molmo2(config)
     answers = [decode.generate(model, decode.ready(params_of(config), "float32", unroll), row(config, tree),
                                questions([tree], 2), eos=NO_EOS, num_new=10) for unroll in (False, True)]
@@ -268,7 +270,7 @@ def test_the_loop_ends_with_the_last_answer(monkeypatch):
     tree = prompt_tree(QWEN, 11, 1, (2,))
     answers = answers_of([tree], num_new=37, limit=5)
     jax.effects_barrier()
-    assert answers.length[0, 0] == 5 and len(steps) == 4  # the first token comes from the prefill
+    assert answers.length[0, 0] == 5 and len(steps) == 4  # prefill gives the first token
 
 
 def test_sampling_depends_on_the_seed_and_the_question_but_not_on_its_neighbours():

@@ -1,4 +1,4 @@
-"""Evaluation: what is asked is answered in order, whatever the batches; what cannot be read is counted."""
+"""Evaluation: answers keep the order of the examples in any batches; unreadable examples are counted."""
 
 import time
 
@@ -11,7 +11,7 @@ from molmo2_jax import types
 
 
 class Echo:
-    """Stands in for an Answerer: repeats each question, and notes the sizes and rows of its calls."""
+    """Replaces an Answerer: repeats each question, and records the sizes and rows of its calls."""
 
     def __init__(self, not_finite=()):
         self.shapes, self.calls, self.draws, self.bad = set(), [], {}, not_finite
@@ -68,7 +68,7 @@ def test_every_question_is_answered_and_the_answers_keep_the_order_of_the_exampl
     assert result.refused == ()
 
 
-def test_what_is_sampled_does_not_depend_on_the_batches():
+def test_sampling_does_not_depend_on_the_batches():
     draws = []
     for rows, window in ((1, 3), (4, 100)):
         echo = Echo()
@@ -88,18 +88,34 @@ def test_broken_examples_are_counted_or_end_the_evaluation():
         evaluate.evaluate(Echo(), examples(100, broken=(0,)), ask, count, title=None)
 
 
-def test_examples_whose_logits_are_not_finite_have_no_part_in_the_scores_and_are_counted():
+def test_examples_without_finite_logits_are_counted_and_not_scored():
     result = evaluate.evaluate(Echo(["2.1", "5.0"]), examples(*[100] * 8), ask, count, rows=4, title=None)
     assert result.refused == ("line 2: its logits are not finite", "line 5: its logits are not finite")
     assert result.not_finite == 2
     assert {one.example.key for one in result.answered} == {"line 1", "line 3", "line 6", "line 7"}
 
 
-def test_weights_that_give_no_finite_logits_end_the_evaluation_with_the_first_batch():
+def test_weights_without_finite_logits_end_the_evaluation_at_the_first_batch():
     echo = Echo([f"{n}.{k}" for n in range(16) for k in range(4)])
     with pytest.raises(generate.NotFinite, match="logits must be finite"):
         evaluate.evaluate(echo, examples(*[100] * 16), ask, count, rows=4, title=None)
     assert len(echo.calls) == 1
+
+
+def test_examples_that_are_done_are_neither_read_nor_asked_and_change_no_draw():
+    def answers(done):
+        echo = Echo()
+        steps = list(evaluate.each(echo, examples(*[100, 900] * 8), ask, rows=4, window=8, title=None,
+                                   done=done))
+        return {index: [one.answer.text for one in found] for step in steps
+                for index, found in step.answered.items()}, echo.draws
+
+    whole, draws = answers(())
+    part, again = answers({1, 2, 3, 9})
+    assert set(part) == set(whole) - {1, 2, 3, 9} and all(whole[index] == found
+                                                          for index, found in part.items())
+    assert again == {question: draw for question, draw in draws.items() if question in again}
+    assert not answers(range(16))[0]
 
 
 def test_the_largest_examples_come_first_and_set_the_compiled_size():
@@ -110,7 +126,7 @@ def test_the_largest_examples_come_first_and_set_the_compiled_size():
     assert {shape.row.T for shape, _ in echo.calls} == {1536, 384}  # 384 is less than half of 1536
 
 
-def test_a_compiled_size_is_used_again_unless_it_wastes_too_much():
+def test_a_compiled_size_is_reused_unless_it_wastes_too_much():
     def shape(T, M, R, Q):
         return generate.PromptShape(types.RowShape(T, M, R, 9), Q)
 

@@ -1,4 +1,4 @@
-"""A work directory may lie in a bucket: here one in memory stands in for it."""
+"""A work directory may be in a bucket; here, a bucket in memory."""
 
 import dataclasses
 import errno
@@ -16,18 +16,18 @@ from fsspec.implementations import memory
 from orbax.checkpoint._src.path import gcs_utils
 
 from launch import convert
-from launch import record
 from launch import run
-from launch import trained
+from launch.support import record
+from launch.support import trained
 from molmo2_jax import checkpoint
 from molmo2_jax import files
-from molmo2_jax import goodput
-from molmo2_jax import guard
-from molmo2_jax import last_words
-from molmo2_jax import metrics
 from molmo2_jax.hf import checkpoint as hf_checkpoint
 from molmo2_jax.hf import remote_code
 from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.monitor import exits
+from molmo2_jax.monitor import goodput
+from molmo2_jax.monitor import guard
+from molmo2_jax.monitor import metrics
 from tests import packs
 from tests import tiny
 
@@ -57,7 +57,7 @@ def bucket(monkeypatch):
     fsspec.register_implementation("gcs", "gcsfs.GCSFileSystem", clobber=True)
 
 
-def test_paths_here_become_absolute_and_others_stay(monkeypatch, tmp_path):
+def test_local_paths_become_absolute_and_remote_ones_are_unchanged(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert str(files.path("run")) == str(tmp_path / "run")
     assert str(files.path("gs://bucket/run") / "1") == "gs://bucket/run/1"
@@ -97,11 +97,11 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     (ValueError("a.mp4: Input/output error"), ""),
     (av.error.OSError(errno.EIO, "Input/output error", "a.mp4"), ""),
     (FileNotFoundError(errno.ENOENT, "none", "/a"), ""), (RuntimeError(), ""), (None, "")])
-def test_faults_of_a_disk_are_told_from_other_errors(error, cause):
+def test_disk_faults_are_distinguished_from_other_errors(error, cause):
     assert files.storage_cause(error) == cause
 
 
-def test_json_has_null_for_numbers_that_it_does_not_know(tmp_path):
+def test_json_has_null_for_nan_and_infinities(tmp_path):
     value = {"a": [1.5, float("nan"), (np.inf, "NaN")],
              "b": {"c": -np.inf, "d": np.float64("nan"), "e": True}}
     wanted = {"a": [1.5, None, [None, "NaN"]], "b": {"c": None, "d": None, "e": True}}
@@ -110,7 +110,7 @@ def test_json_has_null_for_numbers_that_it_does_not_know(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == wanted
 
 
-def test_metrics_in_a_bucket_are_copied_and_go_on(bucket):
+def test_metrics_in_a_bucket_are_copied_and_continued(bucket):
     writer = metrics.Writer(bucket, 1)
     for step in (1, 2, 3):
         writer.write(step, {"loss": step / 7})
@@ -126,11 +126,11 @@ def test_metrics_in_a_bucket_are_copied_and_go_on(bucket):
     assert list((files.path(bucket) / "tensorboard").iterdir())
 
 
-def test_accounts_and_evidence_may_lie_in_a_bucket(bucket):
+def test_goodput_and_evidence_may_be_in_a_bucket(bucket):
     time = goodput.Goodput(bucket, goodput.Devices())
     time.saved(4)
     assert "4" in json.loads((files.path(bucket) / goodput.NAME).read_text())["productive_at"]
-    last_words.say(bucket, "failed", "why")
+    exits.say(bucket, "failed", "why")
     assert json.loads((files.path(bucket) / "hosts" / "0.json").read_text())["reason"] == "why"
     with pytest.raises(guard.Divergence, match="gs://bucket/run/evidence/step_3"):
         guard.Guard(bucket, 0, None).check(3, {"loss": np.nan}, tiny.batch(0))
@@ -147,7 +147,7 @@ def test_settings_in_a_bucket_are_kept_when_they_change(bucket):
 
 def test_a_run_may_start_from_a_run_in_a_bucket(bucket, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoint, "load_params", lambda path, model, mesh: asked.append(path) or {"w": 1})
+    monkeypatch.setattr(checkpoint, "load_params", lambda path, *_: asked.append(path) or {"w": 1})
     saved = run.resolve(["gin_configs/models/nano.gin"])
     record.save(bucket, record.gin_text(saved))
     tokenizers.Tokenizer.from_file(run.ROOT / "assets/nano").save(tmp_path)
@@ -177,7 +177,7 @@ def test_remote_code_goes_through_a_run_in_a_bucket_and_out_by_export(bucket, tm
     tokenizers.Tokenizer.from_file(run.ROOT / "assets/nano").save(tmp_path / "tokenizer")
     files.copy(files.path(tmp_path / "tokenizer"), files.path(bucket))
     params = packs.random_params(saved.model)
-    monkeypatch.setattr(checkpoint, "load_params", lambda path, model, mesh: params)
+    monkeypatch.setattr(checkpoint, "load_params", lambda path, *_: params)
     flags.FLAGS.mark_as_parsed()
     with flagsaver.flagsaver(model=bucket, output=str(tmp_path / "hf"), dtype="float32"):
         convert.export_model()

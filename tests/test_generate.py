@@ -1,4 +1,4 @@
-"""Media and questions in, answers out: shared roots, mixed batches, refusals, what is read from the text."""
+"""Answers to questions about media: shared roots, mixed batches, refusals, points read from the text."""
 
 import dataclasses
 import functools
@@ -13,6 +13,7 @@ from PIL import Image
 from molmo2_jax import config as config_lib
 from molmo2_jax import decode
 from molmo2_jax import generate
+from molmo2_jax import sharding
 from molmo2_jax import state
 from molmo2_jax import types
 from molmo2_jax.hf import checkpoint as hf_checkpoint
@@ -39,7 +40,7 @@ def tokenizer():
 
 @functools.lru_cache
 def params():
-    """Returns random parameters; drawn with numpy, because compiling the initialisation takes seconds."""
+    """Returns random parameters, drawn by numpy because compiling the initialisation takes seconds."""
     model = molmo2.Molmo2(CONFIG)
     shapes = jax.eval_shape(model.init, jax.random.key(0), state.smallest_batch(model))
     shapes = nn.meta.unbox(shapes)["params"]
@@ -86,7 +87,7 @@ def same(answer, other):
     assert abs(answer.logprob - other.logprob) < LOGPROB_TOLERANCE
 
 
-def test_questions_share_the_media_and_get_the_answers_they_get_alone(tmp_path):
+def test_questions_share_the_media_and_have_the_same_answers_as_alone(tmp_path):
     clip = example(video=write_video(tmp_path / "a.mp4"))
     prompts = ["Point to the red circle.", "What?", "How many blue squares are there in the video?"]
     together, = run((clip, prompts))
@@ -116,7 +117,7 @@ def test_one_call_answers_one_prompt(tmp_path):
 
 
 def saying(monkeypatch, text):
-    """Makes the model say `text` to every question."""
+    """Makes the model answer `text` to every question."""
     said = tokenizer().encode(text) + [tokenizer().eos_id]
 
     def generated(model, params, batch, questions, *, num_new, **_):
@@ -161,7 +162,7 @@ def test_a_stream_gives_the_text_of_the_answers_in_pieces_and_compiles_nothing_n
         answerer().stream(clip, prompts, every=0)
 
 
-def test_points_come_in_pixels_and_seconds_of_the_source(tmp_path, monkeypatch):
+def test_points_are_in_pixels_and_seconds_of_the_source(tmp_path, monkeypatch):
     saying(monkeypatch, '<points coords="0.5 1 500 250;1.0 2 000 1000">dog</points>')
     answer = answerer().answer(example(video=write_video(tmp_path / "a.mp4")), ["Point."])[0]
     assert answer.points == ((0.5, "1", 32.0, 12.0), (1.0, "2", 0.0, 48.0)) and answer.tracks == ()
@@ -173,14 +174,14 @@ def test_points_come_in_pixels_and_seconds_of_the_source(tmp_path, monkeypatch):
     assert str(answer).endswith("\n  1 at (40, 25), image 1\n  2 at (2, 4), image 2")
 
 
-def test_tracks_come_with_frames_of_the_source(tmp_path, monkeypatch):
+def test_tracks_have_frames_of_the_source(tmp_path, monkeypatch):
     saying(monkeypatch, '<tracks coords="0.0 1 500 500;1.0 1 250 250 2 000 000">dog</tracks>')
     answer = answerer().answer(example(video=write_video(tmp_path / "a.mp4")), ["Track."])[0]
     assert [one.frame for one in answer.tracks] == [0, 6]
     assert answer.tracks[1].points == {"1": (16.0, 12.0), "2": (0.0, 0.0)}
 
 
-def test_an_input_beyond_the_positions_is_refused_with_what_to_lower(tmp_path):
+def test_an_input_beyond_the_positions_is_refused_and_the_error_says_what_to_lower(tmp_path):
     long = generate.Answerer(params(), CONFIG, INPUTS, tokenizer(), max_new_tokens=590)
     with pytest.raises(ValueError, match=r"fit 600 positions; got \d+ tokens .*lower max_frames \(now 5"):
         long.prompt(example(video=write_video(tmp_path / "a.mp4")), ["What?"])
@@ -239,9 +240,42 @@ def test_logits_that_are_not_finite_are_refused_with_the_weights_that_are_not():
     assert not broken.run([broken.prompt(example(), ["Where?"])])[0][0].is_finite
 
 
-def test_logits_that_overflow_with_finite_weights_are_put_on_the_computation():
+def test_an_overflow_with_finite_weights_is_attributed_to_the_computation():
     spoilt = jax.tree.map(np.array, params())
     spoilt["text"]["final_norm"]["scale"][:] = 3e38
     broken = generate.Answerer(spoilt, CONFIG, INPUTS, tokenizer(), max_new_tokens=NEW)
     with pytest.raises(generate.NotFinite, match="all weights are finite: the computation in float32"):
         broken.answer(example(), ["Where?"])
+
+
+@pytest.mark.slow(8)
+def test_a_digest_of_the_weights_is_that_of_every_mesh_and_changes_with_a_single_value_or_place():
+    own = answerer().fingerprint()
+    split = generate.Answerer(params(), CONFIG, INPUTS, tokenizer(), max_new_tokens=3,
+                              mesh=sharding.MeshConfig(data=1, fsdp=2, tensor=2))
+    assert split.fingerprint() == own == answerer().limited(max_new_tokens=1).fingerprint()
+
+    def changed(change):
+        other = jax.tree.map(np.copy, params())
+        change(other["text"]["layers"]["attn"]["o"]["kernel"])
+        return generate.Answerer(other, CONFIG, INPUTS, tokenizer()).fingerprint()
+
+    def exchange(kernel):
+        kernel[..., [0, 1]] = kernel[..., [1, 0]]
+
+    def last_bit(kernel):
+        kernel.flat[7] = np.nextafter(kernel.flat[7], np.float32(9))
+
+    config = dataclasses.replace(CONFIG, visual_attention="causal")
+    assert len({own, changed(exchange), changed(last_bit),
+                generate.Answerer(params(), config, INPUTS, tokenizer()).fingerprint()}) == 4
+
+
+def test_other_limits_share_the_weights():
+    other = answerer().limited(max_new_tokens=5, inputs=dataclasses.replace(INPUTS, max_frames=3),
+                               sampling=decode.Sampling(temperature=0.7))
+    assert other.params is answerer().params and answerer().max_new_tokens == NEW
+    assert (other.max_new_tokens, other.inputs.max_frames, other.sampling.temperature) == (5, 3, 0.7)
+    assert other.shapes == set() and other.shapes is not answerer().shapes
+    with pytest.raises(ValueError, match="max_new_tokens must be >= 1; got 0"):
+        answerer().limited(max_new_tokens=0)

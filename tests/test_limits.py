@@ -1,4 +1,4 @@
-"""A test that hangs fails or crashes alone: the run ends, names it, and leaves no process of it."""
+"""A hanging test fails alone: the run ends, names the test, and leaves no process of it."""
 
 import os
 import pathlib
@@ -40,7 +40,7 @@ def test_behind(number):
 
 
 def run(folder, block, *arguments):
-    """Returns what pytest prints about a file with a test that hangs, and the process that it started."""
+    """Returns pytest's output for a file with a hanging test, and the process that the test started."""
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\nhang_seconds = 2\n")
     (folder / "test_hanging.py").write_text(HANGING.format(block=block))
@@ -66,6 +66,7 @@ def test_a_test_that_hangs_fails_with_its_processes_and_the_others_run(tmp_path,
     assert "1 failed, 5 passed" in out and not is_running(process)
 
 
+@pytest.mark.slow(6)
 def test_a_test_that_hangs_in_native_code_ends_its_worker_and_the_others_run(tmp_path):
     blocked = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])"
     out, process = run(tmp_path, blocked, "-n", "1", "--dist=worksteal")

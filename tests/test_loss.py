@@ -1,4 +1,4 @@
-"""The loss is one weighted mean over the whole batch, however it is cut."""
+"""The loss is one weighted mean over the whole batch, however the batch is split."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ Z_WEIGHT = 1e-2
 
 
 def arrays(seed=0):
-    """Returns hidden states, head, targets and weights; half of the positions learn nothing."""
+    """Returns hidden states, head, targets and weights; half of the positions have weight 0."""
     rng = np.random.default_rng(seed)
     weights = np.where(rng.random((B, T)) < 0.5, 0, rng.uniform(0.1, 2, (B, T)))
     return (rng.normal(size=(B, T, D)).astype(np.float32), rng.normal(size=(D, V)).astype(np.float32),
@@ -64,7 +64,7 @@ def test_rows_with_unequal_weight_may_be_summed_apart():
     expected = value(hidden, head, targets, weights)[0]
     assert float(together) == pytest.approx(float(expected), rel=1e-6)
     mean_of_means = np.mean([float(loss.objective(part, Z_WEIGHT)[0]) for part in parts])
-    assert abs(mean_of_means - float(expected)) > 1e-3  # so the test can tell
+    assert abs(mean_of_means - float(expected)) > 1e-3  # otherwise the test shows nothing
 
 
 def test_a_constant_factor_on_all_weights_cancels():

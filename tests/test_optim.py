@@ -1,4 +1,4 @@
-"""Towers are clipped, warmed up and updated apart; frozen tables and spare rows do not move."""
+"""Towers are clipped, warmed up and updated separately; frozen tables and unused rows do not change."""
 
 import dataclasses
 import functools
@@ -106,7 +106,7 @@ def test_the_first_update_uses_a_warming_rate_in_each_tower():
 # Updates
 
 
-def test_moments_that_wait_in_the_hosts_memory_are_updated_and_put_back():
+def test_moments_in_the_hosts_memory_are_updated_and_returned_there():
     plain, tx = (optim.make(config(offload=offload), TOTAL) for offload in (False, True))
     waiting = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(tx.memory_kind))
                            if x.ndim else x, plain.init(params()))
@@ -180,7 +180,7 @@ def test_frozen_tables_stay_bit_identical_and_carry_no_state(muon):
                    for path, _ in jax.tree_util.tree_leaves_with_path(state))
 
 
-def test_training_moves_the_added_rows_and_no_bit_of_a_base_table_that_is_the_head_too():
+def test_training_changes_the_added_rows_and_no_bit_of_a_base_table_that_is_also_the_head():
     model = dataclasses.replace(tiny.MODEL, text=dataclasses.replace(tiny.MODEL.text, tied_head=True))
     module, tx = molmo2.Molmo2(model, attention="dense", remat="none"), optim.make(config(), TOTAL)
     start = packs.random_params(model)
@@ -229,7 +229,7 @@ def test_training_leaves_a_frozen_row_of_patches_at_zero(muon):
 
 
 @pytest.mark.parametrize("muon", [None, optim.Muon()], ids=["adamw", "muon"])
-def test_rows_of_the_added_table_without_gradient_stay_as_they_are(muon):
+def test_rows_of_the_added_table_without_gradient_do_not_change(muon):
     grads = [random_grads(seed) for seed in range(2)]
     for one in grads:
         one["new_embedding"][14:] = 0

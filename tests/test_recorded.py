@@ -1,4 +1,4 @@
-"""Drawn worlds, the tokenizer's texts, batches and scores equal the recorded ones (recorded.json) to the bit.
+"""Drawn worlds, the tokenizer's texts, batches and scores equal recorded.json bit for bit.
 
 A refactoring must leave them as they are. After a change that is meant to alter one of them, write the new
 values with `python -m tests.test_recorded` and say in the commit message why they changed.
@@ -16,10 +16,11 @@ import pytest
 from data_pipelines import formats
 from data_pipelines import pipeline
 from data_pipelines import sources
-from data_pipelines import synthetic
-from launch import corpus
-from launch import questions
+from data_pipelines.world import config as world_config
+from data_pipelines.world import write as world_write
 from launch import run
+from launch.quickstart import corpus
+from launch.support import questions
 from molmo2_jax import evaluate
 from molmo2_jax import generate
 from molmo2_jax import types
@@ -30,8 +31,8 @@ RECORDED = pathlib.Path(__file__).parent / "recorded.json"
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES, BATCHES = 8, 3
 WRONG = str.maketrans("012345678", "123456780")
-# Pixels of drawn films pass through an encoder, which belongs to another package.
-FIELDS = [name for name in types.Batch._fields if name != "patches"]
+# Pixels of drawn videos depend on the encoder of another package.
+FIELDS = [name for name in types.Batch._fields if name not in ("patches", "choice")]
 
 
 def sha(*parts: bytes) -> str:
@@ -41,10 +42,11 @@ def sha(*parts: bytes) -> str:
 def draw(folder: pathlib.Path) -> None:
     """Draws the lessons of both worlds, and held-out examples with masks."""
     for world in ("quickstart", "full"):
-        held_out, lessons = synthetic.WORLDS[world]
+        held_out, lessons = world_config.WORLDS[world]
         for name, (lesson, _) in lessons().items():
-            synthetic.write(folder / world, lesson, 4, EXAMPLES, split=name, has_masks=False, progress=False)
-        synthetic.write(folder / world, held_out(), 5, EXAMPLES, split="heldout", progress=False)
+            world_write.write(folder / world, lesson, 4, EXAMPLES, split=name, has_masks=False,
+                              progress=False)
+        world_write.write(folder / world, held_out(), 5, EXAMPLES, split="heldout", progress=False)
 
 
 def settings(folder: pathlib.Path, world: str, **changes):
@@ -64,8 +66,9 @@ def batches(folder: pathlib.Path, world: str, **changes) -> str:
     tokenizer = tokenizers.Tokenizer.from_file(ROOT / "assets" / name, model.text.vocab_size)
     iterator = pipeline.make_iterator(data, model, inputs, tokenizer)
     try:
-        parts = [np.ascontiguousarray(getattr(batch, field)).tobytes()
-                 for batch in (next(iterator) for _ in range(BATCHES)) for field in FIELDS]
+        found = [next(iterator) for _ in range(BATCHES)]
+        assert all(batch.choice is None for batch in found)   # of models that choose where to point
+        parts = [np.ascontiguousarray(getattr(batch, field)).tobytes() for batch in found for field in FIELDS]
     finally:
         iterator.close()
     return sha(*parts)
@@ -76,7 +79,7 @@ def scores(folder: pathlib.Path, world: str) -> dict[str, float]:
     model, inputs, _ = settings(folder, world)
     tokenizer = tokenizers.Tokenizer.from_file(ROOT / "assets/nano", model.text.vocab_size)
     answered = []
-    for example in sources.read_jsonl(folder / world / "heldout" / "annotations.jsonl"):
+    for example in sources.examples(folder / world / "heldout"):
         _, seen = media.see(example, model, inputs, tokenizer)
         right = formats.format_example(example, media=seen, rng=np.random.default_rng(0),
                                        asking=formats.PLAIN)

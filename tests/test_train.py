@@ -1,11 +1,14 @@
-"""A run that is stopped, killed or resumed makes the same updates as one that is left alone."""
+"""A run that is stopped, killed and resumed makes the same updates as an uninterrupted one."""
 
 import dataclasses
+import errno
 import functools
 import json
+import math
 import os
 import pathlib
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +16,22 @@ import numpy as np
 import pytest
 
 from data_pipelines import pipeline
-from data_pipelines import synthetic
+from data_pipelines.world import config as world_config
+from data_pipelines.world import write as world_write
 from molmo2_jax import checkpoint
 from molmo2_jax import config as config_lib
-from molmo2_jax import guard
-from molmo2_jax import metrics
 from molmo2_jax import optim
 from molmo2_jax import state as state_lib
 from molmo2_jax import train
+from molmo2_jax import types
+from molmo2_jax.aot import step as aot_step
+from molmo2_jax.cost import chips
 from molmo2_jax.inputs import packers
 from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.model import layers
 from molmo2_jax.model import molmo2
+from molmo2_jax.monitor import guard
+from molmo2_jax.monitor import metrics
 from tests import packs
 from tests import tiny
 
@@ -75,7 +82,7 @@ def test_a_run_compiles_once_reports_every_step_and_learns(straight):
             "examples", "tokens", "token_fill", "crop_fill", "flops"} <= set(lines[1])
     last = metrics.read(str(workdir / "metrics.jsonl"))[-1]
     assert last["flops_per_second"] > 0 and 0 <= last["data_stall"] < 1 and 0 < last["goodput"] < 1
-    assert "mfu" not in last  # nobody knows the peak of a CPU
+    assert "mfu" not in last  # the peak of a CPU is unknown
     spent = json.loads((workdir / "goodput.json").read_text())
     assert spent["seconds"]["lost"] == 0 and all(spent["seconds"][part] > 0 for part in (
         "productive", "compile", "checkpoint"))
@@ -139,14 +146,15 @@ def test_the_first_stage_drops_at_answers_only_and_later_ones_everywhere(stage_o
     difference = np.asarray(change(packs.random_params(tiny.MODEL), jax.random.key(1)))
     answers, real = batch.weights > 0, batch.example >= 0
     assert (difference[answers] > 1e-4).all()
-    roots = real & (batch.branch < 0)  # they see no answer, so nothing reaches them from dropped rows
-    assert roots.any() and (difference[roots] < 1e-6).all() == stage_one  # two programs: rounding
+    roots = real & (batch.branch < 0)  # they attend to no answer, so dropped positions do not affect them
+    assert roots.any() and (difference[roots] < 1e-6).all() == stage_one  # two programs round differently
 
 
-# Stopping and going on
+# Stopping and resuming
 
 
-def test_sigterm_saves_and_the_next_run_goes_on_with_the_next_batch(straight, tmp_path):
+@pytest.mark.slow(12)
+def test_sigterm_saves_and_the_next_run_resumes_with_the_next_batch(straight, tmp_path):
     def terminate(number, batch):
         if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -173,7 +181,8 @@ def test_a_finished_run_has_nothing_left_to_do(straight):
     assert_equal(again.state.params, result.state.params)
 
 
-def test_a_run_goes_on_behind_a_damaged_checkpoint(straight, tmp_path):
+@pytest.mark.slow(17)
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(straight, tmp_path):
     fit(tmp_path, tiny.Batches(), steps=6)
     for path in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
         if path.is_file():
@@ -186,6 +195,7 @@ def test_a_run_goes_on_behind_a_damaged_checkpoint(straight, tmp_path):
 
 
 @pytest.mark.parametrize("bad, saved", [(3, [2]), (4, [2])])
+@pytest.mark.slow(7)
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(bad, saved, tmp_path):
     def spoil(number, batch):
         factor = np.nan if number == bad - 1 else 1
@@ -199,12 +209,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(bad, saved, tmp
     np.testing.assert_array_equal(kept.tokens, tiny.batch((bad - 1) % 2).tokens)
 
 
-def test_a_loss_that_leaps_ends_the_run_where_that_is_asked_for(tmp_path, monkeypatch):
+@pytest.mark.slow(7)
+def test_a_loss_spike_ends_the_run_if_the_config_asks_for_it(tmp_path, monkeypatch):
     monkeypatch.setattr(guard.Guard, "limit", lambda self: 0.0)
     with pytest.raises(guard.Divergence, match="the loss of step 1 must be below 0"):
         fit(tmp_path, tiny.Batches(), spike=5.0)
 
 
+@pytest.mark.slow(6)
 def test_gradients_that_are_not_finite_end_the_run_too(tmp_path, monkeypatch):
     monkeypatch.setattr(optim, "grad_norms", lambda grads, frozen: {"grad_norm_llm": jnp.float32(np.inf)})
     with pytest.raises(FloatingPointError, match="step 1 must be finite"):
@@ -221,11 +233,46 @@ VIDEO_MODEL = config_lib.Molmo2Config(
     text=dataclasses.replace(tiny.MODEL.text, vocab_size=400, max_positions=1024))
 
 
+@pytest.mark.slow(9)
+def test_a_run_and_its_step_compiled_ahead_have_the_compiler_options_of_the_chip(tmp_path, monkeypatch):
+    """The compiler of CPUs names the option as one that it does not know."""
+    monkeypatch.setattr(chips, "of_device", lambda kind: chips.CHIPS["tpu7x"])
+    option = chips.CHIPS["tpu7x"].compiler_options[0][0]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=option):
+        fit(tmp_path, tiny.Batches(), steps=1)
+    shape = types.RowShape(tiny.T, tiny.M, tiny.R, math.prod(tiny.MODEL.connector.video_window))
+    lowered, *_ = aot_step.lower(tiny.MODEL, train_config(), OPTIM, shape, tiny.B, tiny.mesh())
+    with pytest.raises(jax.errors.JaxRuntimeError, match=option):
+        aot_step.compile_lowered(lowered, list)
+
+
+@pytest.mark.slow(6)
+def test_a_failed_save_ends_the_run_before_the_next_save(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(checkpoint, "Manager",
+                        lambda *args, kind=checkpoint.Manager: made.append(kind(*args)) or made[-1])
+
+    def fail(self, timeout=None):
+        self._failures.append(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        raise self._failures[0]
+
+    def wait_for_the_save(number, batch):
+        while number == 2 and not made[0]._failures:
+            time.sleep(0.01)
+        return batch
+
+    monkeypatch.setattr(checkpoint._Write, "result", fail)
+    batches = tiny.Batches(wait_for_the_save)
+    with pytest.raises(OSError, match="No space left"):
+        fit(tmp_path, batches, steps=1000, save_every=2, keep=1)
+    assert batches.given in ([0, 1], [0, 1, 2])   # the next save would follow batch 3
+
+
 @pytest.fixture(scope="module")
 def video_batches(tmp_path_factory):
-    """Makes iterators over a drawn world of 20 examples."""
-    world = dataclasses.replace(synthetic.quickstart_world(), frame_side=(32, 40))
-    path = synthetic.write(tmp_path_factory.mktemp("world"), world, 0, 20, "train", progress=False)
+    """Returns a function that makes iterators over a drawn world of 20 examples."""
+    world = dataclasses.replace(world_config.quickstart_world(), frame_side=(32, 40))
+    path = world_write.write(tmp_path_factory.mktemp("world"), world, 0, 20, "train", progress=False)
     tokenizer = tokenizers.train_small(path.read_text().splitlines(), 400)
     data = pipeline.DataConfig(train=(str(path.parent),), seed=5, row_tokens=512, row_crops=16, batch_rows=1,
                                row_visual_tokens=128, packer=packers.OldestFirst(buffer=4),
@@ -234,8 +281,8 @@ def video_batches(tmp_path_factory):
     return lambda: pipeline.make_iterator(data, VIDEO_MODEL, inputs, tokenizer)
 
 
-def stop_behind(batches, step, monkeypatch):
-    """Sends this process SIGTERM when the batch of a step is taken."""
+def stop_at(batches, step, monkeypatch):
+    """Sends this process SIGTERM when the batch of `step` is taken."""
     take = type(batches).__next__
 
     def next_batch(iterator):
@@ -254,7 +301,7 @@ def test_a_resumed_run_over_videos_equals_an_uninterrupted_one_bit_for_bit(
     for workdir, stops in ((tmp_path / "straight", (8,)), (tmp_path / "resumed", (3, 5, 8))):
         for stop in stops:
             batches = video_batches()
-            stop_behind(batches, stop, monkeypatch)
+            stop_at(batches, stop, monkeypatch)
             try:
                 result = fit(workdir, batches, VIDEO_MODEL, steps=8, save_every=100)
             finally:

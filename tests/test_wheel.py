@@ -1,4 +1,4 @@
-"""The package as a stranger gets it: built, installed into a folder, and used far from the repository."""
+"""The package as users get it: built, installed into a folder, and used outside the repository."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def molmo2(built, tmp_path_factory):
     run(sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile",
         "--target", target, wheel, cwd=built)
 
-    # With -S, no .pth file of an editable install leads back to the repository.
+    # -S ignores the .pth file of an editable install, which would lead to the repository.
     def python(*arguments):
         return run(sys.executable, "-S", *arguments, cwd=folder, PYTHONSAFEPATH="1",
                    PYTHONPATH=os.pathsep.join([str(target), sysconfig.get_path("purelib"),
@@ -79,6 +79,9 @@ def test_the_wheel_holds_three_packages_and_no_top_level_folder_of_a_common_name
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"molmo2_jax", "data_pipelines", "launch",
                     f"molmo2_jax-{molmo2_jax.__version__}.dist-info"}
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "molmo2_jax").rglob("*")
+             if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert pages and pages <= set(names)
     shipped = {name.removeprefix("launch/shipped/") for name in names if name.startswith("launch/shipped/")}
     wanted = [path for folder in ("gin_configs", "assets/nano", "assets/nano_full")
               for path in (ROOT / folder).rglob("*") if path.is_file()]
@@ -95,7 +98,7 @@ def test_the_installed_package_is_the_one_that_runs(molmo2):
 
 
 def test_gin_files_that_ship_resolve_in_an_empty_folder(molmo2):
-    script = ("from launch import record, run; "
+    script = ("from launch import run; from launch.support import record; "
               "print(record.gin_text(run.resolve(['gin_configs/runs/sft_8b.gin'])))")
     assert "TextConfig.num_layers = 36" in molmo2.python("-c", script)
     assert not list(molmo2.folder.iterdir())

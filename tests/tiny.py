@@ -1,4 +1,4 @@
-"""What tests of training share: a model of a few thousand parameters, meshes, and batches from memory."""
+"""Shared by tests of training: a model of a few thousand parameters, meshes, and batches in memory."""
 
 import functools
 
@@ -9,7 +9,7 @@ from molmo2_jax import config as config_lib
 from molmo2_jax import sharding
 from tests import packs
 
-# Axes that a mesh divides are even, so that every rule of sharding has something to divide.
+# Axes that a mesh shards have even sizes, so that every sharding rule has an effect.
 MODEL = config_lib.Molmo2Config(
     vision=config_lib.VisionConfig(image_size=6, patch_size=3, width=8, num_layers=2, num_heads=2, head_dim=4,
                                    mlp_width=12),
@@ -27,14 +27,14 @@ def mesh(data=1, fsdp=1, tensor=1, context=1):
 
 @functools.cache
 def batch(seed):
-    """Returns a Batch of B rows with random trees that differ in loss tokens; not to be written to."""
+    """Returns a cached Batch of B rows with random trees that differ in loss tokens; do not modify it."""
     made = packs.random_rows(seed, MODEL, B, T, M, R)
     assert len({float(row.sum()) for row in made.weights}) > 1
     return made
 
 
 class Batches(grain.DatasetIterator):
-    """Yields batch(0), batch(1), batch(0) ... changed by `spoil(number, batch)`; `given` has the numbers."""
+    """Yields batch(0), batch(1), batch(0) ... changed by `spoil(number, batch)`; `given` lists numbers."""
 
     def __init__(self, spoil=lambda number, batch: batch):
         super().__init__()

@@ -1,11 +1,12 @@
-"""Annotations -> branches: what the model is asked about a visual input and should answer.
+"""Converts annotations to branches: questions about a visual input, and their answers.
 
-One small function per kind of annotation (points.py, tracks.py, questions.py); this file chooses among them,
-sets loss weights and the order of branches.
+points.py, tracks.py and questions.py have one function per kind of annotation. This module dispatches to them
+and sets prefixes and loss weights.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from molmo2_jax import config
 from molmo2_jax import types
 from molmo2_jax.inputs import prompt
 
-# The style of an annotation, then its turns; None if nothing is left of it at the times shown.
+# kind: function that returns style and turns; None if nothing of the annotation is visible in the frames.
 ASK: dict[type[annotations.Annotation], Callable[..., tuple[str, ...] | None]] = {
     annotations.Points: points.ask_points,
     annotations.Count: points.ask_count,
@@ -30,13 +31,19 @@ ASK: dict[type[annotations.Annotation], Callable[..., tuple[str, ...] | None]] =
 }
 
 
+Grammar = Literal["text", "tokens"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Constants of the loss weights of answers that bring none of their own (paper, section 3.2).
+    """Loss weights of answers whose annotation sets none (paper, section 3.2).
 
-    pointing, video_captions: of each answer token of points and tracks, and of captions of videos.
+    pointing, video_captions: per answer token of points and tracks, and of captions of videos.
     length_factor: the 2 of 2 / sqrt(n tokens) for all other answers; the paper prints 4, its code has 2.
-    by_length, by_branches: whether all other answers have the two factors; in pre-training they have none.
+    by_length, by_branches: whether all other answers have these factors; pre-training has neither.
+
+    Raises:
+      ValueError: a weight is negative, or length_factor is not positive.
     """
     pointing: float = 0.2
     video_captions: float = 0.1
@@ -53,31 +60,40 @@ class Weights:
 class Asking:
     """How annotations become questions.
 
-    train: random wording and layouts; else the plain ones.
-    num_templates: use only the first so many templates of each family; None: all. With 1, multiple choice has
-      the layout of evaluation.
-    is_pretraining: questions of the first stage: no templates, and prefixes that say how long answers are.
-    weights: of answers without a weight of their own.
+    train: random templates and layouts; otherwise the plain ones.
+    num_templates: templates of each family to use, from the first; None: all. With 1, multiple choice has the
+      layout of evaluation.
+    is_pretraining: prompts of the first stage: no templates, and prefixes that give the length of the answer.
+    weights: loss weights of answers whose annotation sets none.
+    grammar: of points in answers: "text" for coordinates, "tokens" for choices among visual tokens; None:
+      tokens for models with config.PointerConfig, which alone can write them.
+
+    Raises:
+      ValueError: num_templates is less than 1, or the grammar is unknown.
     """
     train: bool = True
     num_templates: int | None = None
     is_pretraining: bool = False
     weights: Weights = Weights()
+    grammar: Grammar | None = None
 
     def __post_init__(self):
+        config.require(self.grammar in (None, "text", "tokens"), "grammar must be 'text' or 'tokens'",
+                       self.grammar)
         config.require(self.num_templates is None or self.num_templates >= 1, "num_templates must be >= 1",
                        self.num_templates)
 
 
-PLAIN = Asking(train=False)  # as evaluation asks
+PLAIN = Asking(train=False)  # for evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class Formatted:
-    """Branches in the order of the annotations; annotations[i] is the index of the one branch i came from,
-    of a conversation made of several (Example.dialogue_share) the first.
+    """Branches in the order of the annotations.
 
-    dropped: indices of annotations of which nothing was left at the times shown.
+    annotations: index of the annotation of each branch; for a conversation merged from several annotations
+      (Example.dialogue_share), of the first.
+    dropped: indices of annotations of which nothing is visible in the frames shown.
     """
     branches: tuple[types.Branch, ...]
     annotations: tuple[int, ...]
@@ -86,15 +102,15 @@ class Formatted:
 
 def format_example(example: types.Example, *, media: types.Media,
                    rng: np.random.Generator | np.random.RandomState, asking: Asking) -> Formatted:
-    """Returns the branches of an example and where they came from. The caller shuffles them for training.
+    """Returns the branches of an example and their annotations. For training the caller shuffles them.
 
     Args:
-      media: of the example, as the model sees them.
+      media: the media of the example, as the model sees them.
       rng: draws templates, layouts and selections of images.
 
     Raises:
-      ValueError: naming example and annotation, if a point lies outside its frame, or the declared size is
-        not that of the media.
+      ValueError: a point lies outside its frame, or the media differ from what the record declares; the
+        message names example and annotation.
     """
     view = _view(example, media, rng, asking)
     asked, dropped = [], []
@@ -107,7 +123,7 @@ def format_example(example: types.Example, *, media: types.Media,
             dropped.append(number)
             continue
         style, question, *rest = found
-        if isinstance(annotation.prompt, str):
+        if isinstance(annotation.prompt, str) and not isinstance(annotation, annotations.Points):
             question = annotation.prompt
         asked.append((number, style, (question, *rest), _weight(annotation, view, asking.weights)))
     if asking.train and example.dialogue_share and rng.uniform() < example.dialogue_share:
@@ -119,7 +135,7 @@ def format_example(example: types.Example, *, media: types.Media,
 
 
 def _one_conversation(asked: list[tuple]) -> list[tuple]:
-    """Returns the questions as turns of one conversation, in order; the first decides style and weight."""
+    """Returns all questions as turns of one conversation, with the style and weight of the first."""
     return [(number, style, tuple(turn for one in asked for turn in one[2]), weight)
             for number, style, _, weight in asked[:1]]
 
@@ -129,22 +145,30 @@ def _prefixed(style: str, turns: Sequence[str], view: views.View) -> tuple[str, 
 
 
 def to_branches(example: types.Example, **how) -> tuple[types.Branch, ...]:
-    """Returns the branches alone; arguments of format_example."""
+    """Returns only the branches of format_example, which has the arguments.
+
+    Raises:
+      ValueError: see format_example.
+    """
     return format_example(example, **how).branches
 
 
 def _view(example, media: types.Media, rng, asking: Asking) -> views.View:
     is_video = example.video is not None
     if media.is_video != is_video or not is_video and len(media.sizes) != len(example.images):
-        raise ValueError(f"{example.key}: media must be its video, or have one size for each of its "
+        raise ValueError(f"{example.key}: media must match the record: a video, or one size for each of its "
                          f"{len(example.images)} images; got {'a video' if media.is_video else 'images'} "
                          f"with sizes {media.sizes}")
+    if asking.grammar == "tokens" and media.cells is None and media.sizes:
+        raise ValueError("grammar 'tokens' needs a model with config.PointerConfig; got one without")
+    if asking.grammar == "text":
+        media = dataclasses.replace(media, cells=None)
     return views.View(media=media, rng=rng, train=asking.train, num_templates=asking.num_templates,
                       is_pretraining=asking.is_pretraining)
 
 
 def _weight(annotation: annotations.Annotation, view: views.View, weights: Weights) -> types.LossWeight:
-    """Returns the annotation's own loss weight or that of the recipe."""
+    """Returns the annotation's own loss weight, or the recipe's."""
     if annotation.weight is not None:
         return annotation.weight
     if isinstance(annotation, (annotations.Points, annotations.Tracks)):

@@ -1,10 +1,11 @@
-"""Questions about places and numbers: points in images and videos, and counts."""
+"""Questions about locations and counts in images and videos."""
 
 from collections.abc import Mapping
 
 from data_pipelines import annotations
 from data_pipelines.formats import templates
 from data_pipelines.formats import view as views
+from molmo2_jax.inputs import grounded
 from molmo2_jax.inputs import points
 
 _FORMS = {  # mode: (templates, templates naming a selection of images, style suffixes)
@@ -19,10 +20,10 @@ ALL_IMAGES = "all images"
 
 
 def ask_points(annotation: annotations.Points, view: views.View) -> tuple[str, str, str] | None:
-    """Returns (style, question, answer) of an annotation of type points; None if a point is at no time shown.
+    """Returns (style, question, answer) of points; None if a point is in none of the frames shown.
 
     Raises:
-      ValueError: a point lies outside its frame.
+      ValueError: a point lies outside its frame, or the declared size differs from that of the media.
     """
     selection = _select_images(annotation, view)
     groups = {}
@@ -36,25 +37,34 @@ def ask_points(annotation: annotations.Points, view: views.View) -> tuple[str, s
     label, modes = _label(annotation, view), annotation.modes
     mode = modes[view.below(len(modes))] if view.train and len(modes) > 1 else modes[0]
     style, question = _question(mode, label, _selection_text(selection, view), view)
-    asked = annotation.prompt  # perhaps one for each mode
-    question = asked.get(mode, question) if isinstance(asked, Mapping) else question
-    return annotation.style or style, question, _answer(mode, sorted(groups.items()), label)
+    question = _prompt(annotation, mode, question, view)
+    return annotation.style or style, question, _answer(mode, sorted(groups.items()), label, view)
+
+
+def _prompt(annotation: annotations.Points, mode: str, question: str, view: views.View) -> str:
+    """Returns the annotation's own prompt at the uses that have one, else the question."""
+    asked = annotation.prompt
+    if asked is None or view.train and annotation.prompt_share < 1 and (
+            view.rng.uniform() >= annotation.prompt_share):
+        return question
+    return asked.get(mode, question) if isinstance(asked, Mapping) else view.one_of(asked)
 
 
 def ask_count(annotation: annotations.Count, view: views.View) -> tuple[str, str, str]:
-    """Returns (style, question, answer) of an annotation of type count."""
+    """Returns (style, question, answer) of a count."""
     label = _label(annotation, view)
     selection = ALL_IMAGES if view.medium == "images" else None
     return *_question("count", label, selection, view), points.format_count(annotation.count)
 
 
-def _answer(mode: str, groups, label: str) -> str:
+def _answer(mode: str, groups, label: str, view: views.View) -> str:
+    write = points.format_points if view.media.cells is None else grounded.format_points
     if mode == "bare":
-        return points.format_points(groups, label, scale=1)
+        return write(groups, label, **view.writing)
     if mode == "point_count":
-        return points.format_point_count(groups, label, scale=1)
+        return points.format_point_count(groups, label, write, **view.writing)
     if mode == "count_point":
-        return points.format_count_point(groups, label, scale=1)
+        return points.format_count_point(groups, label, write, **view.writing)
     return points.format_count(sum(len(group) for _, group in groups))
 
 
@@ -69,12 +79,12 @@ def _question(mode: str, label: str, selection: str | None, view: views.View) ->
 
 
 def _label(annotation: annotations.Points | annotations.Count, view: views.View) -> str:
-    """Returns the phrase as the model sees it: lower case for single images, as in the released models."""
+    """Returns the label in the prompt: lower case for single images, as in the released models."""
     return annotation.label.lower() if view.medium == "image" else annotation.label
 
 
 def _select_images(annotation: annotations.Points, view: views.View) -> set[int] | None:
-    """Returns the numbers of the images asked about; in training often not all of several."""
+    """Returns the numbers of the images to ask about: in training often a random subset; None for a video."""
     if view.media.is_video:
         return None
     total = len(view.media.sizes)

@@ -1,6 +1,6 @@
-"""Questions answered in words: free answers, conversations, multiple choice, captions.
+"""Questions with text answers: free-form, conversations, multiple choice, captions.
 
-Each function returns the style of a question and the turns: (style, user, model, user, model ...).
+Each function returns the style and the turns of a question: (style, user, model, user, model, ...).
 """
 
 from data_pipelines import annotations
@@ -11,9 +11,9 @@ from molmo2_jax.inputs import prompt
 
 DEFAULT_STYLE = "user_qa"
 SHORT_ANSWER = "video_short_answer"
-CHOICE, CHAT = "video_multiple_choice", "text_sft"  # styles without prefix after pre-training
+CHOICE, CHAT = "video_multiple_choice", "text_sft"  # styles that have a prefix only in pre-training
 
-_CAPTIONS = {  # style: ways to ask for it
+_CAPTIONS = {  # style: templates
     "long_caption": templates.LONG_CAPTION, "video_long_caption": templates.LONG_CAPTION,
     "short_caption": templates.SHORT_CAPTION, "video_short_caption": templates.SHORT_CAPTION,
     "video_motion_caption": templates.MOTION_CAPTION, "video_object_caption": templates.OBJECT_CAPTION,
@@ -24,7 +24,7 @@ _CAPTIONS = {  # style: ways to ask for it
 
 
 def ask_qa(annotation: annotations.QA, view: views.View) -> tuple[str, str, str]:
-    """Returns style, question, answer; questions of videos for a short answer have several wordings."""
+    """Returns style, question, answer; short-answer questions about videos use templates."""
     style, question = annotation.style or DEFAULT_STYLE, view.one_of(annotation.question)
     if style == SHORT_ANSWER:
         question = view.pick(templates.SHORT_ANSWER, "{question}").format(question=question)
@@ -37,7 +37,7 @@ def ask_chat(annotation: annotations.Chat, view: views.View) -> tuple[str, ...]:
 
 
 def ask_choice(annotation: annotations.Choice, view: views.View) -> tuple[str, str, str]:
-    """Returns style, question with options, answer: mostly random layouts in training, else the fixed one."""
+    """Returns style, question with options, answer. The layout is random in training, otherwise fixed."""
     question, options, answer = annotation.question, annotation.options, annotation.answer
     if annotation.shuffle and view.train:
         places = view.rng.permutation(len(options))
@@ -51,7 +51,7 @@ def ask_choice(annotation: annotations.Choice, view: views.View) -> tuple[str, s
 
 
 def ask_caption(annotation: annotations.Caption, view: views.View) -> tuple[str, str, str]:
-    """Returns style, request for a caption, caption. Styles that have no way to ask are the request."""
+    """Returns style, request for a caption, caption. A style without templates is itself the request."""
     style = annotation.style or _caption_style(annotation, view)
     text = view.one_of(annotation.text)
     family = _CAPTIONS.get(style)
@@ -69,7 +69,7 @@ def ask_caption(annotation: annotations.Caption, view: views.View) -> tuple[str,
 
 
 def _caption_style(annotation: annotations.Caption, view: views.View) -> str:
-    """Returns the style of a caption that names none."""
+    """Returns the style of a caption whose annotation sets none."""
     if annotation.time is not None:
         return "video_frame_caption_timestamp"
     if annotation.start is not None:

@@ -1,8 +1,8 @@
-"""Ways to ask, by kind of answer. The first of each family is the plain one, used outside training.
+"""Question templates by kind of answer. The first of each family is the plain one, used outside training.
 
-{label} what is asked for; {medium} image, images or video; {selection} which of several images;
-{fps} points per second; {question} as it stands in the data; {object} what is described; {time}, {start},
-{end} as "2.0 seconds" or "00:00:02.0", but {start} of a track as a points tag.
+{label} the objects asked about; {medium} image, images or video; {selection} which of several images;
+{fps} points per second; {question} the question of the annotation; {object} the object to describe; {time},
+{start}, {end} as "2.0 seconds" or "00:00:02.0", except that {start} of a track is a points tag.
 """
 
 POINT = (
@@ -76,7 +76,7 @@ MULTI_COUNT = (
     "{selection}: count {label}",
 )
 
-TRACK = (  # answers at 2 points per second are the default when no rate is named
+TRACK = (  # without a rate: 2 points per second
     "Track the {label}.",
     "Follow the {label} through the video.",
     "Where does the {label} go? Track it.",
@@ -182,7 +182,7 @@ CLIP_TRANSCRIPT = (
     "Give me the transcript of the part from {start} to {end}.",
 )
 
-# Families by name, in an order that must stay: a small tokenizer is trained on them (launch/corpus.py).
+# Families by name. Keep their order: launch/quickstart/corpus.py trains a small tokenizer on them.
 FAMILIES: dict[str, tuple[str, ...]] = {
     "POINT": POINT, "POINT_COUNT": POINT_COUNT, "COUNT_POINT": COUNT_POINT, "COUNT": COUNT,
     "MULTI_POINT": MULTI_POINT, "MULTI_POINT_COUNT": MULTI_POINT_COUNT,
@@ -190,7 +190,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "TRACK_FPS": TRACK_FPS, "TRACK_START_END": TRACK_START_END, "TRACK_SINGLE": TRACK_SINGLE,
     "LONG_CAPTION": LONG_CAPTION, "SHORT_CAPTION": SHORT_CAPTION,
 }
-# Those that only published data sets need; no drawn world asks by them.
+# Families that only published data sets use; no drawn world does.
 PUBLISHED: dict[str, tuple[str, ...]] = {
     "SHORT_ANSWER": SHORT_ANSWER, "MOTION_CAPTION": MOTION_CAPTION, "OBJECT_CAPTION": OBJECT_CAPTION,
     "TRANSCRIPT": TRANSCRIPT, "FRAME_CAPTION": FRAME_CAPTION, "CLIP_CAPTION": CLIP_CAPTION,

@@ -1,8 +1,9 @@
-"""Questions about where objects go: tracks, their ends, and the continuation of a given point."""
+"""Questions about the motion of objects: tracks, their start and end points, continuation from a point."""
 
 from data_pipelines import annotations
 from data_pipelines.formats import templates
 from data_pipelines.formats import view as views
+from molmo2_jax.inputs import grounded
 from molmo2_jax.inputs import points
 
 DEFAULT_FPS = 2
@@ -11,10 +12,10 @@ _STYLES = {"per_frame": "video_point_track_per_frame", "start_end": "video_point
 
 
 def ask_tracks(annotation: annotations.Tracks, view: views.View) -> tuple[str, str, str] | None:
-    """Returns (style, question, answer); None if nothing visible is left at the times shown and asked for.
+    """Returns (style, question, answer); None if no object is visible at the times asked about.
 
     Raises:
-      ValueError: a point lies outside the frame.
+      ValueError: a point lies outside the frame, or the declared size differs from that of the video.
     """
     style = _STYLES[annotation.mode]
     if not annotation.tracks:
@@ -31,14 +32,15 @@ def ask_tracks(annotation: annotations.Tracks, view: views.View) -> tuple[str, s
         frames = points.on_grid(frames, annotation.fps, annotations.TIME_TOLERANCE)
     if start is not None:
         frames = points.later_than(frames, start[0])
-    answer = points.format_tracks(frames, annotation.label, scale=1)
+    write = points.format_tracks if view.media.cells is None else grounded.format_tracks
+    answer = write(frames, annotation.label, **view.writing)
     if not frames or not answer:
         return None
     return style, _question(annotation, view, start), answer
 
 
 def _frames(annotation: annotations.Tracks, view: views.View) -> list[points.TrackFrame]:
-    """Returns (seconds, {id: (x, y) as fractions, or None where hidden}) by ascending time."""
+    """Returns (seconds, {id: (x, y) as fractions, or None if occluded}) in order of time."""
     frames: dict[float, dict] = {}
     is_single = annotation.mode == "single_point"
     for track in annotation.tracks[:1] if is_single else annotation.tracks:

@@ -1,21 +1,22 @@
-"""The recipe's data sets as they are published: rows of each -> records of docs/data_format.md.
+"""The recipe's data sets: rows as published -> records in the format of docs/data_format.md.
 
-One small function per kind of data set: it takes rows, as dictionaries, and yields records. How media must
-be named says schemas/media.py. `convert` writes the annotations.jsonl of a data folder, from which training
-reads; what the recipe draws anew at every use (the mode of a question, the place of an answer) is drawn then.
+One small function per kind of data set takes rows, as dictionaries, and yields records. schemas/media.py
+states how media files must be named. `convert` turns the rows of a group into the records that training can
+read; prepared/conversion.py writes the annotations.jsonl of a data folder. What the recipe draws at every use
+(the mode of a question, the place of an answer) is drawn during training.
 
 Source: paper, appendix on data; reference: olmo/data/{molmo2,pixmo,academic_image}_datasets.py.
 """
 
 import functools
-import json
 import os
-import pathlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from data_pipelines import sources
+from data_pipelines import records
 from data_pipelines.schemas import academic
+from data_pipelines.schemas import academic_video
 from data_pipelines.schemas import answering
 from data_pipelines.schemas import media
 from data_pipelines.schemas import pointing
@@ -24,53 +25,79 @@ from molmo2_jax import files
 
 Row = dict[str, Any]
 Record = dict[str, Any]
-# What functions here raise for a row without a column, or with something else in it than they read.
+# What schemas raise for a row that lacks a column, or has a value of another type than they expect.
 _BAD_ROW = (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError)
 
 
-class Excluded(ValueError):
-    """A record left out because its media are on the list of those that must not be trained on.
+class Unfit(ValueError):
+    """A row that does not fit its schema."""
 
-    names: the entries of the list that name its media.
+
+class Excluded(ValueError):
+    """A record left out because one of its media must not be trained on.
+
+    names: the entries of the exclusion list that match its media.
     """
 
-    def __init__(self, path: pathlib.PurePath, names: frozenset[str]):
-        super().__init__(f"{path}: is on the list of media to leave out")
+    def __init__(self, medium: str, names: frozenset[str]):
+        super().__init__(f"{medium}: is on the list of media to leave out")
         self.names = names
 
 
 class Schema(NamedTuple):
-    """records: makes records of rows. of: what rows that belong into one record have in common; None where
-    every row stands alone."""
+    """How rows of a published data set become records.
+
+    records: makes records from rows. of: a row's group; rows of one group become records together, None:
+    every row is converted alone. columns: names of the columns where the published table has no header.
+    """
     records: Callable[..., Iterator[Record]]
     of: Callable[[Row], str] | None = None
+    columns: tuple[str, ...] = ()
 
 
 SCHEMAS: dict[str, Schema] = {
     "a_okvqa": Schema(answering.a_okvqa),
     "academic_video_point": Schema(pointing.academic_video_point),
-    "activity_net": Schema(academic.activity_net),
+    "activity_net": Schema(academic.segments),
+    "actor_captions": Schema(academic_video.actor_captions),
     "ai2d": Schema(academic.ai2d),
     "ask_model_anything": Schema(answering.ask_model_anything, media.image),
+    "camerabench": Schema(academic_video.camerabench),
     "cap_qa": Schema(answering.cap_qa),
+    "charades_sta": Schema(academic_video.charades_sta),
     "chart_qa": Schema(answering.chart_qa),
     "cinepile": Schema(academic.cinepile),
+    "clevrer": Schema(academic_video.clevrer),
     "cosyn": Schema(answering.cosyn),
     "cosyn_point": Schema(pointing.cosyn_point),
+    "countix": Schema(academic_video.countix),
+    "ego4d": Schema(academic_video.ego4d),
+    "epic_kitchens": Schema(academic_video.epic_kitchens),
+    "first_answer": Schema(academic_video.first_answer, media.video),
+    "funqa": Schema(academic_video.funqa, media.video),
+    "gui_point": Schema(pointing.gui_point),
     "hardcodes": Schema(answering.hardcodes),
+    "how2qa": Schema(academic_video.how2qa, academic_video.clip_of, (
+        "video_id", "span", "wrong0", "wrong1", "wrong2", "question", "answer")),
     "human_qa": Schema(answering.human_qa, media.video),
+    "joined_qa": Schema(academic_video.joined_qa, academic_video.video_of_question),
     "label": Schema(academic.label),
     "llava_video": Schema(academic.llava_video, media.video),
+    "localized_narratives": Schema(academic_video.localized_narratives),
     "mantis": Schema(answering.mantis),
     "molmo2_cap": Schema(answering.molmo2_cap),
+    "motion_caption": Schema(academic_video.motion_caption),
     "multi_image_point": Schema(pointing.multi_image_point),
     "multi_image_qa": Schema(answering.multi_image_qa),
+    "options_qa": Schema(academic_video.options_qa, media.video),
+    "paxion": Schema(academic_video.paxion, academic_video.clip_of),
     "perception_test": Schema(academic.perception_test),
     "pixmo_cap": Schema(answering.pixmo_cap),
     "pixmo_count": Schema(pointing.pixmo_count),
     "pixmo_points": Schema(pointing.pixmo_points, media.image),
     "qv_highlights": Schema(academic.qv_highlights),
     "science_qa": Schema(academic.science_qa),
+    "star": Schema(academic_video.star, academic_video.clip_of),
     "tgif": Schema(academic.tgif, lambda row: row["gif_name"]),
     "tracks": Schema(tracking.tracks),
     "tulu": Schema(answering.tulu),
@@ -79,70 +106,61 @@ SCHEMAS: dict[str, Schema] = {
     "video_point": Schema(pointing.video_point, media.video),
     "video_qa": Schema(academic.video_qa, media.video),
     "vqa": Schema(answering.vqa),
+    "youcook2": Schema(academic_video.youcook2),
 }
 
 
-def convert(schema: str, rows: Iterable[Row | ValueError], folder: str | os.PathLike,
-            exclude: Collection[str] = (), **how) -> tuple[int, list[ValueError]]:
-    """Writes folder/annotations.jsonl, whole or not at all; returns its number of records and why others are
-    left out.
-
-    Media must be in the folder already: a record whose media are missing is left out. So is a row that does
-    not fit the schema, and an annotation that does not fit the format; others of the same media stay. A row
-    that is an error (published.rows) counts as itself. `how` are further arguments of the schema
-    (tasks.Task.how).
-
-    exclude: names of media that evaluations need, with or without folder and suffix (of images mostly the
-      SHA-256): records with one of them become an Excluded.
+def group(schema: str, row: Row) -> str:
+    """Returns the group of a row, of a schema that has groups.
 
     Raises:
-      ValueError: there is no such schema, or not one row fits it.
+      Unfit: (a ValueError) the row does not say it.
     """
-    if schema not in SCHEMAS:
-        raise ValueError(f"a schema must be one of {', '.join(SCHEMAS)}; got {schema!r}")
-    folder, number, errors, unfit, exclude = pathlib.Path(folder), 0, [], [], frozenset(exclude)
-    if "media_folder" in how:  # is meant within the folder
-        how = how | {"media_folder": folder / how["media_folder"]}
-    make = functools.partial(SCHEMAS[schema].records, **how)
-    with files.whole(folder / "annotations.jsonl") as file:
-        for group in _groups(schema, rows, errors, unfit):
-            for record in _admitted(_records(make, group, schema, unfit), exclude, errors):
-                for kept in _checked(record, folder, errors):
-                    file.write(json.dumps(kept, ensure_ascii=False) + "\n")
-                    number += 1
-        if unfit and not number and not errors:
-            raise unfit[0]
-    return number, unfit + errors
-
-
-def _groups(schema: str, rows: Iterable[Row | ValueError], errors: list, unfit: list) -> Iterator[list[Row]]:
-    """Yields rows that belong together; those of grouped schemas after all rows were read."""
-    groups: dict[str, list[Row]] = {}
     of = SCHEMAS[schema].of
-    for row in rows:
-        if isinstance(row, ValueError):
-            errors.append(row)
-        elif of is None:
-            yield [row]
+    assert of is not None
+    try:
+        return str(of(row))
+    except _BAD_ROW as error:
+        raise _misfit(schema, row, error) from error
+
+
+def convert(schema: str, rows: Sequence[Row], folder: str | os.PathLike, exclude: Set[str] = frozenset(),
+            how: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Record | ValueError]:
+    """Yields the records of the rows of one group, and the reason in place of each that is left out.
+
+    Media must be in the folder already. Left out are records whose media are missing, rows that do not fit
+    the schema (Unfit), and annotations that do not fit the format; other rows and annotations of the same
+    media are kept.
+
+    Args:
+      exclude: names of media that evaluations use, with or without folder and suffix (for images mostly the
+        SHA-256). A record with one of them is left out, with an Excluded as reason.
+      how: further arguments of the schema (tasks.Task.how).
+    """
+    if "media_folder" in how:  # relative to the folder
+        how = {**how, "media_folder": files.path(folder) / how["media_folder"]}
+    make = functools.partial(SCHEMAS[schema].records, **how)
+    unfit: list[Unfit] = []
+    found = _records(make, rows, schema, unfit)
+    yield from unfit
+    for record in found:
+        if listed := records.listed(record, exclude):
+            yield Excluded(next(iter(listed)), frozenset().union(*listed.values()))
         else:
-            try:
-                groups.setdefault(of(row), []).append(row)
-            except _BAD_ROW as error:
-                unfit.append(_misfit(schema, row, error))
-    yield from groups.values()
+            yield from _checked(record, folder)
 
 
-def _records(make: Callable, group: Sequence[Row], schema: str, unfit: list) -> list[Record]:
+def _records(make: Callable, rows: Sequence[Row], schema: str, unfit: list[Unfit]) -> list[Record]:
     """Returns the records of the rows that fit."""
     try:
-        return list(make(group))
+        return list(make(rows))
     except _BAD_ROW as error:
-        if len(group) == 1:
-            unfit.append(_misfit(schema, group[0], error))
+        if len(rows) == 1:
+            unfit.append(_misfit(schema, rows[0], error))
             return []
     before = len(unfit)
     good, alone = [], []
-    for row in group:
+    for row in rows:
         records = _records(make, [row], schema, unfit)
         if len(unfit) == before:
             good.append(row)
@@ -150,44 +168,41 @@ def _records(make: Callable, group: Sequence[Row], schema: str, unfit: list) -> 
         before = len(unfit)
     try:
         return list(make(good)) if good else []
-    except _BAD_ROW:  # each fits, but not beside the others
+    except _BAD_ROW:  # each row fits alone, but not with the others
         return alone
 
 
-def _misfit(schema: str, row: Mapping, error: Exception) -> ValueError:
+def _misfit(schema: str, row: Mapping, error: Exception) -> Unfit:
     if isinstance(error, KeyError):
-        return ValueError(f"rows of {schema} must have the column {error}; got {sorted(row)}")
-    return ValueError(f"a row of {schema} does not fit it ({type(error).__name__}: {error}); got "
-                      f"{str(row)[:200]}")
+        return Unfit(f"rows of {schema} must have the column {error}; got {sorted(row)}")
+    return Unfit(f"a row of {schema} does not fit it ({type(error).__name__}: {error}); got "
+                 f"{str(row)[:200]}")
 
 
-def _admitted(records: Iterable[Record], exclude: frozenset[str], errors: list) -> Iterator[Record]:
-    """Yields the records none of whose media is excluded."""
-    for record in records:
-        paths = [pathlib.PurePath(name) for name in (record.get("video"), *record.get("images", ())) if name]
-        found = {path: exclude & {str(path), path.name, path.stem} for path in paths}
-        names = frozenset().union(*found.values())
-        if names:
-            errors.append(Excluded(next(path for path in paths if found[path]), names))
-        else:
-            yield record
+def _present(record: Record, folder: str | os.PathLike) -> dict[str, str]:
+    """Returns the media of a record that are in a bucket, where records.parse_record does not look."""
+    if not files.is_remote(folder):
+        return {}
+    paths = {name: files.path(folder) / name for name in records.media(record)}
+    return {name: name for name, path in paths.items() if path.is_file() and path.stat().length}
 
 
-def _checked(record: Record, folder: pathlib.Path, errors: list) -> Iterator[Record]:
-    """Yields the record as far as training can read it, if anything is left."""
+def _checked(record: Record, folder: str | os.PathLike) -> Iterator[Record | ValueError]:
+    """Yields the record with those annotations that training can read, if there are any, and the reasons."""
+    held = _present(record, folder)
     try:
-        sources.parse_record(record, folder)
+        records.parse_record(record, folder, held=held)
         yield record
         return
     except ValueError as error:
-        errors.append(error)
+        yield error
     good = []
     for annotation in record["annotations"] if len(record["annotations"]) > 1 else ():
         one = record | {"annotations": [annotation]}
         try:
-            sources.parse_record(one, folder)
+            records.parse_record(one, folder, held=held)
             good.append(annotation)
         except ValueError as error:
-            errors.append(error)
+            yield error
     if good:
         yield record | {"annotations": good}

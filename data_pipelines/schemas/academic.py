@@ -1,12 +1,14 @@
-"""Academic sets with columns of their own: diagrams, films with subtitles, segments, labels of actions."""
+"""Academic sets, each with its own columns: diagrams, films with subtitles, segments, labels of actions."""
 
+import ast
 import math
 from collections.abc import Iterator, Sequence
 
 from data_pipelines.schemas import answering
 from data_pipelines.schemas import media
 
-MOST_WINDOWS = 5   # of QVHighlights
+SHORT_ANSWER = "video_short_answer"
+MOST_WINDOWS = 5   # per query of QVHighlights; queries with more are left out
 WHAT_HAPPENS = (
     "What is happening?", "What is the person doing?", "Which action does the video show?",
     "Name the activity in this clip.", "What is going on in the video?", "Label the action that you see.",
@@ -18,7 +20,7 @@ WHEN = ("When does this happen: {query}", "Give the segments that show this: {qu
 def ai2d(rows: Sequence[dict]) -> Iterator[dict]:
     """image, question, answer_texts, correct_answer, abc_label, option_is_abc (one per option).
 
-    Where the diagram has letters of its own and all options but one at most are letters, options carry none.
+    If the diagram has its own letters and at most one option is not a letter, options are not lettered again.
     """
     for row in rows:
         options, is_letter = list(row["answer_texts"]), list(row["option_is_abc"])
@@ -32,7 +34,10 @@ def ai2d(rows: Sequence[dict]) -> Iterator[dict]:
 
 
 def science_qa(rows: Sequence[dict]) -> Iterator[dict]:
-    """image, question, choices, answer, hint: those with an image; the hint goes before the question."""
+    """image, question, choices, answer, hint.
+
+    The hint precedes the question; rows without an image are left out.
+    """
     for row in rows:
         if row.get("image"):
             question = f"{row['hint']}\n{row['question']}" if row.get("hint") else row["question"]
@@ -63,7 +68,10 @@ def perception_test(rows: Sequence[dict]) -> Iterator[dict]:
 
 
 def tgif(rows: Sequence[dict]) -> Iterator[dict]:
-    """gif_name, question, answer, and for actions and transitions options a1 ... a5: asked both ways."""
+    """gif_name, question, answer, and for actions and transitions options a1 ... a5.
+
+    With options, the question is asked as multiple choice and as a short answer.
+    """
     annotations = []
     for row in rows:
         answer = row["answer"]
@@ -79,7 +87,8 @@ def tgif(rows: Sequence[dict]) -> Iterator[dict]:
 def tvqa(rows: Sequence[dict]) -> Iterator[dict]:
     """vid_name, q, a0 ... a4, answer_idx, ts ("12.3-20"), subtitles [{start, end, text}] in seconds.
 
-    The video is cut to the span, of the subtitles those stay that overlap it.
+    The video is cut to the span `ts`; subtitles that do not overlap it are dropped. Rows without a span are
+    left out.
     """
     for row in rows:
         start, end = (float(second) for second in row["ts"].split("-"))
@@ -111,17 +120,37 @@ def qv_highlights(rows: Sequence[dict]) -> Iterator[dict]:
                 [text.format(query=row["query"]) for text in WHEN], answer, "video_short_answer")]}
 
 
-def activity_net(rows: Sequence[dict]) -> Iterator[dict]:
-    """id, annotations [{segment [start, end], label}]; perhaps subset, of which "training" is used."""
+def segments(rows: Sequence[dict], column: str = "annotations",
+             style: str = "activitynet_label") -> Iterator[dict]:
+    """id, annotations [{segment [start, end], label}], optional subset: only "training" is kept.
+
+    column: the name of `annotations` in the rows. Segments without length are left out.
+    """
     for row in rows:
         if row.get("subset", "training") == "training":
-            for one in row["annotations"]:
-                yield {"video": media.video(row), "clip": one["segment"], "annotations": [
-                    answering.qa(list(WHAT_HAPPENS), one["label"], "activitynet_label")]}
+            for one in row[column]:
+                if one["segment"][0] < one["segment"][1]:
+                    yield {"video": media.video(row), "clip": one["segment"], "annotations": [
+                        answering.qa(list(WHAT_HAPPENS), one["label"], style)]}
+
+
+def quoted(text: str) -> list[str]:
+    """Returns the texts of a list that is written as in Python: "['a', 'b']".
+
+    Raises:
+      ValueError: it is no such list.
+    """
+    try:
+        found = ast.literal_eval(text.strip())
+    except SyntaxError as error:
+        raise ValueError(f"options must be a list of texts; got {text[:80]!r}") from error
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"options must be a list of texts; got {text[:80]!r}")
+    return found
 
 
 def label(rows: Sequence[dict], style: str = "kinetics_label") -> Iterator[dict]:
-    """video_id, label; perhaps start and end in seconds: names of actions."""
+    """video_id, label (the name of an action), optional start and end in seconds."""
     for row in rows:
         clip = {"clip": [float(row["start"]), float(row["end"])]} if row.get("end") not in (None, "") else {}
         yield {"video": media.video(row)} | clip | {"annotations": [

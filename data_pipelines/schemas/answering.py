@@ -10,13 +10,13 @@ import numpy as np
 
 from data_pipelines.schemas import media
 
-LOWEST_SCORE = 3            # annotation_score of Molmo2-Cap that is still used
-MOST_FIRST_TOKENS = 4096    # of the first message of a conversation without media
+LOWEST_SCORE = 3            # annotation_score of Molmo2-Cap below which a row is left out
+MOST_FIRST_TOKENS = 4096    # most tokens of the first message of a conversation without media
 EXPLAIN = " Provide reasoning steps and then give the short answer."
 HUMAN, GENERATED = 2 * 20901 / 28299, 2 * 7398 / 28299  # loss weights of ChartQA's two halves
 STILL, FILM = (".jpg", ".jpeg", ".png", ".webp"), (".mp4", ".webm", ".mkv")
 
-# What asks for a number of things, and not for an amount of time, length, money, ...
+# Questions for a number of things, not for an amount of time, length, money, ...
 _COUNTING = re.compile(
     r"\b(how many|what (is the )?number of)\b(?!.*\b(seconds?|minutes?|hours?|days?|weeks?|months?|years?|"
     r"percent|dollars?|euros?|cents?|met(er|re)s?|miles?|feet|inches|grams?|kilograms?|pounds?|degrees?|"
@@ -35,14 +35,21 @@ def qa(question: str | list[str], answer: str, style: str) -> dict:
 
 
 def pairs(column) -> list[dict]:
-    """Returns a list of dictionaries, also where a column of structures is stored as a structure of lists."""
+    """Returns a list of dictionaries, also if the column of structures is stored as a structure of lists.
+
+    Raises:
+      ValueError: the lists have different lengths.
+    """
     if isinstance(column, dict):
         return [dict(zip(column, values, strict=True)) for values in zip(*column.values(), strict=True)]
     return column
 
 
 def _plainly(question: str) -> str:
-    """Returns the question; one for a number asks not to point, so that it does not contradict other data."""
+    """Returns the question, with a prefix that asks not to point if it is a counting question.
+
+    Without it, plain answers would contradict the point-and-count data.
+    """
     if not _COUNTING.search(question):
         return question
     return NO_POINTING[zlib.crc32(question.encode()) % len(NO_POINTING)] + question
@@ -61,7 +68,10 @@ def molmo2_cap(rows: Sequence[dict]) -> Iterator[dict]:
 
 
 def pixmo_cap(rows: Sequence[dict], transcripts: bool = False) -> Iterator[dict]:
-    """image_url, caption, transcripts (list): captions, in pre-training with one transcript at each use."""
+    """image_url, caption, transcripts (list).
+
+    transcripts: add one transcript, drawn at each use, as in pre-training.
+    """
     for row in rows:
         annotations = [{"type": "caption", "text": row["caption"]}]
         spoken = [text for text in row["transcripts"] or () if text.strip()] if transcripts else []
@@ -71,7 +81,7 @@ def pixmo_cap(rows: Sequence[dict], transcripts: bool = False) -> Iterator[dict]
 
 
 def video_choice(rows: Sequence[dict]) -> Iterator[dict]:
-    """video_id, Question, Answer, NegativeAnswers; perhaps subtitle [{start, end, text}] of a video."""
+    """video_id, Question, Answer, NegativeAnswers, optional subtitle [{start, end, text}] of the video."""
     subtitles = rows[0].get("subtitle") or []
     yield {"video": media.video(rows[0])} | ({"subtitles": subtitles} if subtitles else {}) | {
         "annotations": [{"type": "choice", "question": row["Question"], "answer": 0, "shuffle": True,
@@ -93,7 +103,7 @@ def ask_model_anything(rows: Sequence[dict]) -> Iterator[dict]:
 
 
 def cap_qa(rows: Sequence[dict]) -> Iterator[dict]:
-    """image_url, question (turns behind [USER] and [ASSISTANT]), answer (the last turn)."""
+    """image_url, question (turns marked by [USER] and [ASSISTANT]), answer (the last turn)."""
     for row in rows:
         parts = re.split(r"\[USER\]|\[ASSISTANT\]", row["question"])
         turns = [part.strip() for part in parts if part.strip()]
@@ -113,18 +123,23 @@ def multi_image_qa(rows: Sequence[dict]) -> Iterator[dict]:
                 for pair in pairs(row["qa_pairs"])]}
 
 
-def cosyn(rows: Sequence[dict], kind: str = "chart") -> Iterator[dict]:
-    """id, image or images, qa_pairs [{question, explanation, answer}] of one kind."""
+def cosyn(rows: Sequence[dict], kind: str = "chart", explained: bool = True) -> Iterator[dict]:
+    """id, image or images, qa_pairs [{question, explanation, answer}].
+
+    kind: the type of document, part of the style. explained: ask for the explanation before the answer.
+    """
     for row in rows:
         images = media.images(row) if row.get("images") else [media.image(row)]
         if len(images) <= media.MOST_IMAGES:
+            asked = pairs(row["qa_pairs"])
             yield {"images": images, "annotations": [
                 qa(pair["question"] + EXPLAIN, f"{pair['explanation']} Answer: {pair['answer']}",
-                   f"cosyn_{kind}_exp") for pair in pairs(row["qa_pairs"])]}
+                   f"cosyn_{kind}_exp") for pair in asked] if explained else [
+                qa(pair["question"], pair["answer"], f"cosyn_{kind}") for pair in asked]}
 
 
 def vqa(rows: Sequence[dict], style: str = "vqa2") -> Iterator[dict]:
-    """image, message_list [{question, answers}]: the most frequent answer, of equals the first."""
+    """image, message_list [{question, answers}]: the most frequent answer is used, the first of equals."""
     for row in rows:
         questions = []
         for message in pairs(row["message_list"]):
@@ -144,7 +159,7 @@ def chart_qa(rows: Sequence[dict]) -> Iterator[dict]:
 
 
 def a_okvqa(rows: Sequence[dict]) -> Iterator[dict]:
-    """image, question, choices, correct_choice_idx, direct_answers: as choice and as short answer."""
+    """image, question, choices, correct_choice_idx, direct_answers: asked as choice and as short answer."""
     for row in rows:
         direct = collections.Counter(row["direct_answers"]).most_common(1)[0][0]
         yield {"images": [media.image(row)], "annotations": [
@@ -153,7 +168,7 @@ def a_okvqa(rows: Sequence[dict]) -> Iterator[dict]:
 
 
 def mantis(rows: Sequence[dict]) -> Iterator[dict]:
-    """images, mc_question, choices, correct_choice_idx: questions about several images."""
+    """images, mc_question, choices, correct_choice_idx: rows with one image or too many are left out."""
     for row in rows:
         if 2 <= len(row["images"]) <= media.MOST_IMAGES:
             yield {"images": row["images"], "annotations": [
@@ -162,9 +177,10 @@ def mantis(rows: Sequence[dict]) -> Iterator[dict]:
 
 
 def tulu(rows: Sequence[dict], most_first_tokens: int = MOST_FIRST_TOKENS) -> Iterator[dict]:
-    """messages [{role, content}], category, source, first_message_qwen3_tokens and two flags.
+    """messages [{role, content}], category, source, first_message_qwen3_tokens, and two flags.
 
-    A system message goes before the first question. Code, puzzles, other languages and identities are out.
+    A system message is prepended to the first question. Code, puzzles, languages other than English and
+    hard-coded identities are left out.
     """
     for row in rows:
         if (row["empty_messages"] or row["has_special_token"] or _NO_CATEGORY.search(row["category"])
@@ -180,10 +196,10 @@ def tulu(rows: Sequence[dict], most_first_tokens: int = MOST_FIRST_TOKENS) -> It
 
 
 def hardcodes(rows: Sequence[dict], media_folder: str = "") -> Iterator[dict]:
-    """questions (list), response, perhaps images: one record per question.
+    """questions (list), response, optional images: one record per question.
 
-    A question without images goes beside files of media_folder, so that the answer does not hang on having
-    none: nothing 35 %, an image 25 %, a video 25 %, two to five images 15 %.
+    A question without images gets random files of media_folder, so that the answer does not depend on the
+    absence of media: nothing 35 %, an image 25 %, a video 25 %, two to five images 15 %.
     """
     names = sorted(path.name for path in pathlib.Path(media_folder).glob("*")) if media_folder else []
     stills, films = ([name for name in names if name.endswith(endings)] for endings in (STILL, FILM))
@@ -194,7 +210,7 @@ def hardcodes(rows: Sequence[dict], media_folder: str = "") -> Iterator[dict]:
 
 
 def _beside(question: str, stills: Sequence[str], films: Sequence[str]) -> dict:
-    """Returns the media that a question about none of them stands beside; the question alone decides."""
+    """Returns media to show with a question about none, drawn with the question as seed."""
     rng = np.random.RandomState(zlib.crc32(question.encode()))
     draw, number = rng.uniform(), rng.randint(2, media.MOST_IMAGES + 1)
     if draw < 0.35:

@@ -1,17 +1,24 @@
-"""What the rows of published data sets call their media -> names of files in the folder of a task."""
+"""The media that a published row names -> file names in the folder of a task."""
 
 import hashlib
 from collections.abc import Mapping
 
 MOST_IMAGES = 5
+_FILMS = (".mp4", ".webm", ".mkv", ".avi", ".gif", ".mov")
+# Columns that name a video, in the order in which they are looked for.
+_VIDEO_COLUMNS = ("clip", "video_id", "video", "vid_name", "vid_filename", "video_name", "video_path",
+                  "video_filename", "rel_vid_path", "video_uid", "uni_clipped_id", "visual_input", "id")
 
 
 def image(row: Mapping) -> str:
-    """Returns the file of a row's image: `image` where the file is known (published.py puts embedded images
-    into files), else media/NAME.jpg, NAME being image_sha256, image_id, the SHA-256 of image_url, or id.
+    """Returns the file of a row's image.
+
+    That is `image` if it is a file name (published.py writes embedded images to files), else
+    media/NAME.jpg, where NAME is image_sha256, image_id, the SHA-256 of image_url, or id, whichever is
+    found first.
 
     Raises:
-      KeyError: the row has none of them.
+      KeyError: the row has none of these columns.
     """
     if isinstance(row.get("image"), str):
         return row["image"]
@@ -22,7 +29,11 @@ def image(row: Mapping) -> str:
 
 
 def images(row: Mapping) -> list[str]:
-    """Returns the files of a row's images: `images`, or media/NAME.jpg by the SHA-256 of image_urls."""
+    """Returns the files of a row's images: `images`, or media/NAME.jpg by the SHA-256 of image_urls.
+
+    Raises:
+      KeyError: the row has neither column.
+    """
     return list(row["images"]) if row.get("images") else [_downloaded(url) for url in row["image_urls"]]
 
 
@@ -31,7 +42,10 @@ def _downloaded(url: str) -> str:
 
 
 def video(row: Mapping) -> str:
-    """Returns media/NAME.mp4, NAME being the first of clip, video_id, video, id; NAME keeps its suffix."""
-    name = str(next(row[column] for column in ("clip", "video_id", "video", "id") if row.get(column)))
-    return f"media/{name}" if name.endswith((".mp4", ".webm", ".mkv", ".avi", ".gif", ".mov")) else (
-        f"media/{name}.mp4")
+    """Returns media/NAME.mp4; NAME is the first of _VIDEO_COLUMNS. A video suffix of NAME is kept.
+
+    Raises:
+      StopIteration: the row has none of these columns.
+    """
+    name = str(next(row[column] for column in _VIDEO_COLUMNS if row.get(column)))
+    return f"media/{name}" if name.endswith(_FILMS) else f"media/{name}.mp4"

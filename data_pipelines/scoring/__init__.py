@@ -1,1 +1,1 @@
-"""(targets, predictions) -> {name: float}: what an answer is worth. numpy and scipy only."""
+"""Scores of answers: (targets, predictions) -> {name: float}. numpy and scipy only."""

@@ -1,7 +1,8 @@
 """Accuracy of multiple choice, asked in the evaluation layout.
 
-The clean rule guesses nothing: an answer that cannot be read is wrong, and `valid` says how many can be. The
-_reference rule always picks the option that fits best (reference: olmo/eval, "option match").
+The clean rule does not guess: an answer that cannot be read is wrong, and `valid` is the share of answers
+that can be read. The _reference rule always picks the option that fits best (reference: olmo/eval, "option
+match").
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,11 @@ class Target(NamedTuple):
 
 
 def score(targets: Sequence[Target | tuple], answers: Sequence[str]) -> dict[str, float]:
-    """Returns accuracy, accuracy_reference and valid; one Target, or tuple of its values, per answer."""
+    """Returns accuracy, accuracy_reference and valid. Give one Target, or a tuple of its fields, per answer.
+
+    Raises:
+      ValueError: there are no answers, or not one per target.
+    """
     rows = []
     for target, answer in zip(targets, answers, strict=True):
         question, options, right, is_labelled = Target(*target)

@@ -1,4 +1,4 @@
-"""Which predicted point falls into which mask, and what follows from it: shared by pointing and tracking.
+"""Hits of predicted points on masks, and scores derived from them: shared by pointing and tracking.
 
 G ground-truth points, P predicted points, positions (x, y) in pixels.
 """
@@ -6,11 +6,11 @@ G ground-truth points, P predicted points, positions (x, y) in pixels.
 import numpy as np
 from scipy import optimize
 
-EPSILON = 1e-10  # of the reference, in F1
+EPSILON = 1e-10  # in the reference's F1
 
 
 def inside(mask: np.ndarray | None, x: float, y: float) -> bool:
-    """Returns whether the rounded pixel is set; outside the mask's image, or without mask: no."""
+    """Returns whether the mask is set at the rounded pixel; False outside the image or without a mask."""
     if mask is None:
         return False
     column, row = round(float(x)), round(float(y))
@@ -18,7 +18,7 @@ def inside(mask: np.ndarray | None, x: float, y: float) -> bool:
 
 
 def most_hits(is_hit_GP: np.ndarray) -> int:
-    """Returns the largest number of hits when every point is used at most once."""
+    """Returns the largest number of hits in a one-to-one matching."""
     rows, columns = optimize.linear_sum_assignment(is_hit_GP, maximize=True)
     return int(is_hit_GP[rows, columns].sum())
 
@@ -31,7 +31,7 @@ def nearest_pairs(truth_G2: np.ndarray, predicted_P2: np.ndarray) -> list[tuple[
 
 def precision_recall_f1(hits: int, num_predicted: int, num_true: int,
                         epsilon: float = 0.0) -> tuple[float, float, float]:
-    """Returns (precision, recall, F1); nothing predicted where nothing is there is perfect."""
+    """Returns (precision, recall, F1); all are 1 if nothing is predicted and nothing is true."""
     if not num_true:
         perfect = float(not num_predicted)
         return perfect, perfect, perfect
@@ -42,7 +42,7 @@ def precision_recall_f1(hits: int, num_predicted: int, num_true: int,
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the mean of every name over the rows that have it.
+    """Returns the mean of each score over the rows that have it.
 
     Raises:
       ValueError: there are no rows.

@@ -1,8 +1,8 @@
-"""Precision, recall and F1 of pointing in images and videos: a point counts if it falls into a mask.
+"""Precision, recall and F1 of pointing in images and videos: a point is a hit if it falls inside a mask.
 
-The clean rule lets every prediction hit the object it falls on, as many one-to-one hits as possible. The
-`_reference` variants first pair predictions with annotated points by distance, then ask for hits; published
-numbers are theirs. The two differ where the nearest pairing is not the best one.
+The clean rule matches predictions one-to-one with the masks they fall inside, for the most hits. The
+`_reference` variants first pair predictions with annotated points by distance, then test each pair; published
+numbers use them. The two differ where the nearest pairing is not the best one.
 
 Source: paper, section 4; reference: olmo/eval/evaluators.py.
 """
@@ -20,10 +20,10 @@ from molmo2_jax.inputs import points
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PointTarget:
-    """What should be pointed at.
+    """The points of a correct answer, and their masks.
 
-    points: (index, x, y), index an image number or seconds, pixels.
-    masks: per point, bool[H, W] by image number or by seconds rounded to one decimal, as answers write them.
+    points: (index, x, y): index is an image number or seconds, x and y are pixels.
+    masks: for each point, bool[H, W] by image number, or by seconds rounded to one decimal as in answers.
     media: the images, or the video.
     """
     points: tuple[tuple[float, float, float], ...]
@@ -32,7 +32,7 @@ class PointTarget:
 
 
 def missing(annotation: annotations.Points) -> str:
-    """Returns why nobody can tell what hits the points, since a mask is missing; "" if none is."""
+    """Returns a sentence that names a point without a mask, which prevents a score; "" if all have one."""
     known = {mask.id for mask in annotation.masks}
     point = next((point for point in annotation.points if point.id not in known), None)
     return "" if point is None else (
@@ -40,10 +40,10 @@ def missing(annotation: annotations.Points) -> str:
 
 
 def target(annotation: annotations.Points, media: types.Media) -> PointTarget:
-    """Returns the target of points.
+    """Returns the target of a points annotation.
 
     Raises:
-      ValueError: a point has no mask, see `missing`.
+      ValueError: a point has no mask, see `missing`; or a mask's counts do not fit its size.
     """
     if why := missing(annotation):
         raise ValueError(why)
@@ -63,14 +63,18 @@ def _key(index: float) -> float:
 
 
 def score(targets: Sequence[PointTarget], answers: Sequence[str]) -> dict[str, float]:
-    """Returns means over all examples of precision, recall, f1, their _reference variants (single images
-    and videos), and valid: the share of answers with at least one point."""
+    """Returns means over all examples of precision, recall and f1, their _reference variants (single images
+    and videos only), and valid, the share of answers with at least one point.
+
+    Raises:
+      ValueError: there are no answers, or not one per target.
+    """
     return hits.means([score_points(one, read(one, answer))
                        for one, answer in zip(targets, answers, strict=True)])
 
 
 def read(target: PointTarget, answer: str) -> list[tuple[float, float, float]]:
-    """Returns (index, x, y) of the points in an answer, in pixels."""
+    """Returns (index, x, y) of each point in an answer; x and y in pixels."""
     sizes = None if target.media.is_video else target.media.sizes
     width, height = (None, None) if sizes else target.media.sizes[0]
     found = points.parse_points(answer, width, height, sizes=sizes)
@@ -78,7 +82,7 @@ def read(target: PointTarget, answer: str) -> list[tuple[float, float, float]]:
 
 
 def score_points(target: PointTarget, predicted: Sequence[tuple[float, float, float]]) -> dict[str, float]:
-    """Returns the scores of one example whose answer has been read."""
+    """Returns the scores of one example, given the points read from its answer."""
     is_hit = np.array([[_is_hit(target, g, p) for p in predicted] for g in range(len(target.points))], bool)
     found = hits.most_hits(is_hit) if is_hit.size else 0
     row = _named(hits.precision_recall_f1(found, len(predicted), len(target.points)), "")
@@ -96,7 +100,7 @@ def _is_hit(target: PointTarget, g: int, predicted: tuple[float, float, float]) 
     mask = target.masks[g].get(_key(index))
     if mask is None:
         return False
-    # 1000 thousandths are the frame's edge, half a pixel beyond the last pixel
+    # 1000 thousandths is the frame's edge, half a pixel beyond the centre of the last pixel
     return hits.inside(mask, min(x, mask.shape[1] - 1), min(y, mask.shape[0] - 1))
 
 

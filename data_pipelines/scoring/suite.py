@@ -1,4 +1,4 @@
-"""Answers to the annotations of a data folder -> the scores of each kind, under one set of names."""
+"""Scores of answers to the annotations of a data folder, for every kind of annotation."""
 
 import collections
 import dataclasses
@@ -15,7 +15,7 @@ from molmo2_jax import types
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answered:
-    """An annotation, what the model said, and the media that both are relative to."""
+    """An annotation, the model's answer, and the media that the coordinates of both refer to."""
     annotation: annotations.Annotation
     answer: str
     media: types.Media
@@ -25,12 +25,12 @@ Score = Callable[[Sequence[Answered]], dict[str, float]]
 
 
 def score(answered: Sequence[Answered]) -> dict[str, float]:
-    """Returns scores named KIND_SCORE and the number of answers behind them, KIND_examples.
+    """Returns scores named KIND_SCORE, and KIND_examples, the number of answers that each kind scored.
 
-    Kinds: video_point, image_point, image_set_point; count (every question for a number, read from the
-    sentence); track; choice; qa (equal texts but for case, spaces and a final dot). Captions have no score.
-    video_point_f1, count_accuracy, track_jf, choice_accuracy are the headline names. KIND_left_out, if there
-    are any, are answers that this kind cannot score, see `obstacle`.
+    Kinds: video_point, image_point, image_set_point; count (every question that asks for a number, read from
+    the sentence); track; choice; qa (texts are equal up to case, spaces and final dots). Captions and chats
+    have no score. The headline scores are video_point_f1, count_accuracy, track_jf and choice_accuracy.
+    KIND_left_out, present if not 0, counts answers that the kind cannot score, see `obstacle`.
     """
     grouped: dict[str, list[Answered]] = {}
     scorers: dict[str, Score] = {}
@@ -50,18 +50,18 @@ def score(answered: Sequence[Answered]) -> dict[str, float]:
 
 
 def kinds(annotation: annotations.Annotation, media: types.Media) -> dict[str, Score]:
-    """Returns the scores that an answer to an annotation counts for, by name, with and without obstacles."""
+    """Returns the kinds of score that an answer enters, by name, even if an obstacle exists."""
     scores_of = SCORES[type(annotation)]
     return scores_of(annotation, media) if scores_of else {}
 
 
 def obstacle(annotation: annotations.Annotation, scorer: Score) -> str:
-    """Returns why a score cannot judge answers to an annotation, such as a missing mask; "" if it can."""
+    """Returns why an annotation cannot be scored this way, such as a missing mask; "" if it can."""
     return _MISSING[scorer](annotation) if scorer in _MISSING else ""
 
 
 def _of_points(annotation: annotations.Points, media: types.Media) -> dict[str, Score]:
-    """Returns how points are scored: as points, as a number, or as both."""
+    """Returns how answers to points are scored: as points, as a number, or as both."""
     medium = "video" if media.is_video else "image" if len(media.sizes) == 1 else "image_set"
     mode = annotation.mode
     return (({f"{medium}_point": _points} if mode != "count" else {})
@@ -99,14 +99,14 @@ def _qa(items):
 
 
 def _without_dots(text: str) -> str:
-    """Returns the text in lower case with single spaces, without dots at its end."""
+    """Returns the text in lower case, with single spaces and without final dots."""
     return " ".join(text.lower().split()).rstrip(".")
 
 
-# What an annotation lacks for a score.
+# What an annotation lacks for a score; scores that are not named here lack nothing.
 _MISSING: dict[Score, Callable[..., str]] = {_points: points.missing, _track: tracks.missing}
 
-# Which scores an answer to this kind of annotation counts for, by their names; None: it has no score.
+# The kinds of score that an answer to each kind of annotation enters, by name; None: it has no score.
 SCORES: dict[type[annotations.Annotation],
              Callable[..., dict[str, Score]] | None] = {   # (annotation, media) ->
     annotations.Points: _of_points,

@@ -1,9 +1,9 @@
 """Scores of object tracks: point F1, HOTA, and J&F of masks picked by the predicted points.
 
-F frames, G objects of the query, P predicted tracks. A point is right if it falls into the object's mask. The
-clean scores know absent objects; the `_reference` ones count them in the recall and, where an object is
-absent, look others up in the wrong mask. Published F1 and HOTA are the latter; published J&F prompts a
-segmenter with the points, which this file does not: it takes the exact mask of whatever object a point is on.
+F frames, G objects of the query, P predicted tracks. A point is right if it falls inside the object's mask.
+The clean scores handle absent objects; the `_reference` ones count them in the recall and, where an object is
+absent, look other objects up in the wrong mask. Published F1 and HOTA are the latter. Published J&F prompts a
+segmenter with the points; this file instead takes the exact mask of the object that a point falls on.
 
 Source: paper, section 4; reference: olmo/eval/object_tracking_utils.py; HOTA: Luiten et al. 2020;
 J and F: Perazzi et al. 2016.
@@ -28,11 +28,11 @@ BOUNDARY_TOLERANCE = 0.008  # of the image diagonal
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrackTarget:
-    """What should be tracked. Frames are counted as answers are: round(seconds x fps).
+    """The tracks of a correct answer, and masks. Frames are numbered round(seconds x fps), as in answers.
 
     objects: ids of the query, in order.
-    points: frame -> {id: (x, y)}, visible objects only; every frame that should be answered is a key.
-    masks: frame -> {id: bool[H, W]}, of the query's objects and of any others in the video.
+    points: frame -> {id: (x, y)}, visible objects only; every frame that needs an answer is a key.
+    masks: frame -> {id: bool[H, W]}, of the query's objects and of other objects in the video.
     """
     objects: tuple[Hashable, ...]
     points: Mapping[int, Mapping[Hashable, XY]]
@@ -43,7 +43,8 @@ class TrackTarget:
 
 
 def missing(annotation: annotations.Tracks) -> str:
-    """Returns why nobody can tell what hits the tracks, since a visible point has no mask; "" if all have."""
+    """Returns a sentence that names a visible point without a mask, so that it cannot be scored; "" if all
+    visible points have one."""
     known = {(mask.id, _frame(mask.time, annotation.fps)) for mask in annotation.masks}
     for track in annotation.tracks:
         for point in track.points:
@@ -55,12 +56,12 @@ def missing(annotation: annotations.Tracks) -> str:
 
 
 def target(annotation: annotations.Tracks, media: types.Media) -> TrackTarget:
-    """Returns the target of tracks, at their rate of points per second.
+    """Returns the target of a tracks annotation, at its rate of points per second.
 
-    Annotated times off the grid of that rate are left out, as in the answer the model learns.
+    Annotated times off the grid of that rate are left out, as in the answers the model is trained on.
 
     Raises:
-      ValueError: a visible point has no mask, see `missing`.
+      ValueError: a visible point has no mask, see `missing`; or a mask's counts do not fit its size.
     """
     if why := missing(annotation):
         raise ValueError(why)
@@ -86,14 +87,18 @@ def target(annotation: annotations.Tracks, media: types.Media) -> TrackTarget:
 
 
 def _frame(seconds: float, fps: float) -> int | None:
-    """Returns the frame that is shown at a time; None between frames."""
+    """Returns the number of the frame at a time; None between frames."""
     frame = round(seconds * fps)
     return frame if abs(frame / fps - seconds) <= annotations.TIME_TOLERANCE else None
 
 
 def score(targets: Sequence[TrackTarget], answers: Sequence[str]) -> dict[str, float]:
     """Returns means over all examples: precision, recall, f1, HOTA, DetA, AssA, DetPr, DetRe (each also with
-    _reference), j, f, jf, jf_merged, and valid, the share of answers with a track."""
+    _reference), j, f, jf, jf_merged, and valid, the share of answers with a track.
+
+    Raises:
+      ValueError: there are no answers, or not one per target.
+    """
     rows = []
     for one, answer in zip(targets, answers, strict=True):
         predicted = read(one, answer)
@@ -103,7 +108,7 @@ def score(targets: Sequence[TrackTarget], answers: Sequence[str]) -> dict[str, f
 
 
 def read(target: TrackTarget, answer: str) -> dict[int, dict[str, XY]]:
-    """Returns frame -> {id: (x, y) in pixels} of an answer; of two times in one frame the earlier counts."""
+    """Returns frame -> {id: (x, y) in pixels} of an answer; of two times in one frame the earlier is used."""
     frames: dict[int, dict[str, XY]] = {}
     for tracked in points.parse_tracks(answer, target.width, target.height, target.fps):
         for name, place in tracked.points.items():
@@ -112,7 +117,7 @@ def read(target: TrackTarget, answer: str) -> dict[int, dict[str, XY]]:
 
 
 def score_points(target: TrackTarget, predicted: Mapping[int, Mapping[str, XY]]) -> dict[str, float]:
-    """Returns F1 and HOTA scores of one example, clean and by the reference."""
+    """Returns F1 and HOTA scores of one example, by the clean and by the reference's rule."""
     clean = _f1(target, predicted) | _hota(target, predicted, False)
     reference = _f1_reference(target, predicted) | _hota(target, predicted, True)
     return clean | {f"{name}_reference": value for name, value in reference.items()}
@@ -123,9 +128,11 @@ def _frames(target, predicted) -> list[int]:
 
 
 def _hits(target: TrackTarget, predicted, frame: int, by_position: bool) -> tuple[list, list, np.ndarray]:
-    """Returns ids of present objects, ids of predictions, and bool[G, P]: which falls into which mask.
+    """Returns ids of present objects, ids of predictions, and bool[G, P]: which point is inside which mask.
 
-    by_position: the reference's slip: the mask of the k-th object of the query for the k-th one present.
+    by_position: repeat the reference's error: use the mask of the k-th object of the query for the k-th
+    object
+      present.
     """
     present = [name for name in target.objects if name in target.points.get(frame, {})]
     given = list(predicted.get(frame, {}))
@@ -209,20 +216,37 @@ def _hota_of(frames, G: int, P: int) -> tuple[float, ...]:
 
 
 def score_masks(target: TrackTarget, predicted: Mapping[int, Mapping[str, XY]]) -> dict[str, float]:
-    """Returns j, f, jf: means over objects and the target's frames; and jf_merged: of all objects as one.
+    """Returns j, f and jf, means over objects and the target's frames, and jf_merged, of all objects as one.
 
-    Every predicted point picks the mask of whichever object it is on, or nothing. Tracks are matched to
-    objects one-to-one for the largest J&F; objects without a track score 0, and so do tracks without an
-    object (stricter than usual). jf_merged is the protocol of sets with one mask per expression.
+    Every predicted point picks the mask of the object it falls on, if any. Tracks are matched to objects
+    one-to-one for the largest J&F; objects without a track score 0, and so do tracks without an object
+    (stricter than usual). jf_merged follows the protocol of sets with one mask per expression.
     """
     names = sorted({name for frame in predicted.values() for name in frame}, key=str)
     if not target.objects or not target.points:
         return dict.fromkeys(("j", "f", "jf", "jf_merged"), float(not names))
     empty = np.zeros((target.height, target.width), bool)
+    return score_given(target, {name: {
+        frame: _picked_mask(target, frame, predicted.get(frame, {}).get(name), empty)
+        for frame in target.points} for name in names})
+
+
+def score_given(target: TrackTarget, given: Mapping[str, Mapping[int, np.ndarray]]) -> dict[str, float]:
+    """Returns the scores of score_masks for masks bool[H, W] by track and frame; absent ones are empty.
+
+    Raises:
+      ValueError: a mask has another size than the video.
+    """
+    if not target.objects or not target.points:
+        return dict.fromkeys(("j", "f", "jf", "jf_merged"), float(not given))
+    empty = np.zeros((target.height, target.width), bool)
+    wrong = next((mask.shape for track in given.values() for mask in track.values()
+                  if mask.shape != empty.shape), None)
+    if wrong:
+        raise ValueError(f"masks must have the video's size, {empty.shape}; got {wrong}")
     truth = [{frame: _true_mask(target, frame, name, empty) for frame in target.points}
              for name in target.objects]
-    picked = [{frame: _picked_mask(target, frame, predicted.get(frame, {}).get(name), empty)
-               for frame in target.points} for name in names]
+    picked = [{frame: track.get(frame, empty) for frame in target.points} for track in given.values()]
     table = np.array([[_track_jf(true, given) for given in picked] for true in truth])
     table = table.reshape(len(truth), len(picked), 2)
     pairs = optimize.linear_sum_assignment(table.mean(axis=2), maximize=True)
@@ -232,7 +256,7 @@ def score_masks(target: TrackTarget, predicted: Mapping[int, Mapping[str, XY]]) 
 
 
 def _true_mask(target, frame, name, empty):
-    """Returns the mask of an object that is annotated as visible, else the empty one."""
+    """Returns the mask of an object that is annotated as visible, else the empty mask."""
     return target.masks[frame][name] if name in target.points[frame] else empty
 
 
@@ -261,21 +285,29 @@ def region_similarity(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def boundary_similarity(first: np.ndarray, second: np.ndarray) -> float:
-    """Returns F, the harmonic mean of boundary precision and recall; 1 if both masks are empty.
+    """Returns F, the harmonic mean of boundary precision and recall; 1 if both boundaries are empty.
 
-    A boundary pixel counts if the other boundary is within 0.008 of the image diagonal, rounded up.
+    A boundary pixel matches if the other boundary is within 0.008 of the image diagonal, rounded up.
     """
-    if not first.any() or not second.any():
-        return float(not first.any() and not second.any())
+    edges = [_boundary(mask) for mask in (first, second)]
+    if not edges[0].any() or not edges[1].any():
+        return float(not edges[0].any() and not edges[1].any())
     if np.array_equal(first, second):
         return 1.0
     radius = math.ceil(BOUNDARY_TOLERANCE * math.hypot(*first.shape))
-    edges = [_boundary(mask) for mask in (first, second)]
     near = [ndimage.distance_transform_edt(~edge) <= radius for edge in edges]
     shares = [np.count_nonzero(edges[i] & near[1 - i]) / np.count_nonzero(edges[i]) for i in (0, 1)]
     return 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
 
 
 def _boundary(mask: np.ndarray) -> np.ndarray:
-    """Returns the pixels of a non-empty mask with a neighbour (of four) outside it or outside the frame."""
-    return mask & ~ndimage.binary_erosion(mask)
+    """Returns the pixels that differ from the pixel to the right, below, or diagonally between them.
+
+    The last row looks right only, the last column down only. Source: davis2017-evaluation, _seg2bmap.
+    """
+    edge = np.zeros_like(mask)
+    edge[:-1, :-1] = ((mask[:-1, :-1] != mask[:-1, 1:]) | (mask[:-1, :-1] != mask[1:, :-1])
+                      | (mask[:-1, :-1] != mask[1:, 1:]))
+    edge[-1, :-1] = mask[-1, :-1] != mask[-1, 1:]
+    edge[:-1, -1] = mask[:-1, -1] != mask[1:, -1]
+    return edge

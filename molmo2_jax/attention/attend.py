@@ -1,11 +1,11 @@
-"""Grouped-query attention under a message-tree mask; one signature, several executions.
+"""Grouped-query attention under a message-tree mask; one signature, several implementations.
 
 B batch, T query positions, S key positions, N query heads, K key heads, G query heads per key head
 (N = K*G; query head n uses key head n // G), H head width.
 
-On a mesh, rows and heads are divided without communication. Where the length is divided, too, a device reads
-the keys and values of its whole rows and attends for its own stretch of queries; or, if that moves less, the
-devices exchange length for heads before and after.
+On a mesh, rows and heads are sharded without communication. Where the length is sharded too, each device
+gathers the keys and values of its rows and attends for its own queries; or, if that moves fewer bytes, two
+all-to-alls exchange length for heads before and after.
 """
 
 import dataclasses
@@ -19,24 +19,24 @@ from jax.sharding import PartitionSpec
 
 from molmo2_jax import sharding
 from molmo2_jax.attention import blocked
-from molmo2_jax.attention import pallas_gpu
-from molmo2_jax.attention import pallas_tpu
+from molmo2_jax.attention import gpu
 from molmo2_jax.attention import tiling as tiling_lib
+from molmo2_jax.attention import tpu
 from molmo2_jax.attention import tree_mask
 
 TILE = 64  # positions per side of a tile of the blocked path
-INTERPRETED = "_interpret"  # a kernel's program run by XLA on any device, slowly: for tests
+INTERPRETED = "_interpret"  # runs a kernel in Pallas' interpreter on any device, slowly: for tests
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # by platform; blocked elsewhere
 IMPLEMENTATIONS = ("dense", "blocked", *KERNELS.values(), *(name + INTERPRETED for name in KERNELS.values()))
 _EXECUTE: dict[str, Callable] = {
-    "blocked": blocked.attend, "pallas_tpu": pallas_tpu.attend, "pallas_gpu": pallas_gpu.attend}
+    "blocked": blocked.attend, "pallas_tpu": tpu.attend, "pallas_gpu": gpu.attend}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("mask", "work"),
                    meta_fields=("implementation", "tiling", "axes"))
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How attention under one mask is carried out: made once per step, shared by all layers."""
+    """How attention under one mask is computed: made once per step, shared by all layers."""
     mask: tree_mask.TreeMask
     work: tiling_lib.Work | None
     implementation: str
@@ -45,13 +45,13 @@ class Plan:
 
 
 def platform() -> str:
-    """Returns "cpu", "tpu" or "gpu": that of the mesh in use, which may be one to compile for."""
+    """Returns "cpu", "tpu" or "gpu": the platform of the current mesh, which may be a compile-only one."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 @functools.cache
-def _say_once(implementation: str, platform: str) -> None:
+def _log_once(implementation: str, platform: str) -> None:
     logging.getLogger(__name__).info("attention: %s on %s", implementation, platform)
 
 
@@ -65,32 +65,33 @@ def _check(implementation: str | None) -> None:
 
 
 def _tiling(implementation: str, rows: int, num_queries: int, num_keys: int, num_groups: int, head_dim: int):
-    """Returns the tiling for the part of attention that one device does."""
+    """Returns the tiling for one device's part of the attention."""
     if implementation == "pallas_tpu":
-        return pallas_tpu.choose_tiling(rows, num_queries, num_keys, num_groups, head_dim)
+        return tpu.choose_tiling(rows, num_queries, num_keys, num_groups, head_dim)
     if implementation == "pallas_gpu":
-        return pallas_gpu.choose_tiling(head_dim)
-    ring = 0 if implementation.startswith("pallas_gpu") else tree_mask.MAX_TILES
+        return gpu.choose_tiling(head_dim)
+    ring = 0 if implementation.startswith("pallas_gpu") else tiling_lib.MAX_TILES
     return tiling_lib.Tiling(query_tile=TILE, key_tile=TILE, ring=ring,
                              interpret=implementation.endswith(INTERPRETED))
 
 
 def plan(mask: tree_mask.TreeMask, num_heads: int, num_kv_heads: int, head_dim: int,
          implementation: str | None = None) -> Plan:
-    """Returns the plan of self-attention under `mask`, for the devices of the mesh in use.
+    """Returns the plan of self-attention under `mask`, for the devices of the current mesh.
 
     Args:
       implementation: "dense" materialises the mask (tests), "blocked" visits the tiles that the mask touches,
-        "pallas_tpu" and "pallas_gpu" do so in a kernel. None picks that of the platform, else "blocked".
+        "pallas_tpu" and "pallas_gpu" do so in a kernel. None picks the platform's kernel, else "blocked".
 
     Raises:
-      ValueError: unknown implementation, or one that cannot do this.
+      ValueError: the implementation is unknown or not for this platform, query heads are no multiple of key
+        heads, or the mask has more tiles than a work list holds.
     """
     _check(implementation)
     if num_heads % num_kv_heads:
         raise ValueError(f"query heads must be a multiple of key heads; got {num_heads} and {num_kv_heads}")
     implementation = implementation or KERNELS.get(platform(), "blocked")
-    _say_once(implementation, platform())
+    _log_once(implementation, platform())
     if implementation == "dense":
         return Plan(mask, None, implementation, None, None)
     rows, length = mask.end.shape
@@ -110,12 +111,12 @@ def plan(mask: tree_mask.TreeMask, num_heads: int, num_kv_heads: int, head_dim: 
 
 
 def _work_spec(axes: sharding.AttentionAxes) -> PartitionSpec:
-    """Returns how all arrays of a Work lie: one piece for each part of rows and length."""
+    """Returns the spec of every array of a Work: one piece for each part of rows and length."""
     return PartitionSpec((*axes.rows, *([axes.length] if axes.length else [])))
 
 
 def _prepare_part(axes, tiling, end_BS, group_BS, own_group_BT):
-    """Returns the Work of one device: its stretch of queries over all keys of its rows."""
+    """Returns the Work of one device: its own queries over all keys of its rows."""
     rows, length = own_group_BT.shape
     part = 0 if length == end_BS.shape[1] else jax.lax.axis_index(axes.length)
     queries = tree_mask.Queries(jnp.full(rows, part * length, jnp.int32), own_group_BT)
@@ -126,10 +127,10 @@ def attend(q_BTNH, k_BTKH, v_BTKH, mask: tree_mask.TreeMask | Plan, implementati
     """Returns [B, T, N, H]: softmax(q k / sqrt(H)) v where `mask` allows; softmax in float32.
 
     Args:
-      mask: a mask, or the plan made of one; a plan has chosen the implementation.
+      mask: a mask, or the plan made from one; a plan fixes the implementation.
 
     Raises:
-      ValueError: see `plan`; the shapes or types disagree.
+      ValueError: as `plan`, or the shapes or dtypes of the operands disagree.
     """
     _check(implementation)
     _check_operands(q_BTNH, k_BTKH, v_BTKH)
@@ -156,7 +157,7 @@ def _check_operands(q_BTNH, k_BTKH, v_BTKH) -> None:
 
 
 def _attend_in_parts(execute, axes, q_BTNH, k_BTKH, v_BTKH, work):
-    """Returns [B, T, N, H], divided over the mesh like the queries."""
+    """Returns [B, T, N, H], sharded over the mesh like the queries."""
     def part(q, k, v, work):
         if axes.exchanges_heads:
             swap = functools.partial(jax.lax.all_to_all, axis_name=axes.length, tiled=True)

@@ -1,6 +1,6 @@
 """Flash attention over a TreeMask in plain XLA: one loop over the tiles that the mask touches.
 
-Memory grows with S, work with the number of visible tiles. The default on CPU and the fallback elsewhere.
+Memory is O(S), work proportional to the visible tiles. The default on CPU and the fallback elsewhere.
 
 B batch, T queries and S keys (whole tiles), N query heads, K key heads, G query heads per key head, H head
 width, Q query tiles, t tile length, g = G*t rows of one query tile (all heads that share a key head at once).
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from molmo2_jax.attention import tiling as tiling_lib
-from molmo2_jax.attention import tree_mask
 
 MASKED = -1e30  # finite: a fully masked first tile is later multiplied by exp(MASKED - m) = 0
 
@@ -43,7 +42,7 @@ def _join_keys(x_BQKtH):
 
 
 def _tiles(work, tiling):
-    """Returns a function (batch, query tile, key tile) -> bool[t, t]: who sees whom in a tile."""
+    """Returns a function (batch, query tile, key tile) -> bool[t, t]: the mask of one tile."""
     batch = work.keys.shape[0]
     end, key_group = (x.reshape(batch, -1, tiling.key_tile) for x in (work.keys[:, 0], work.keys[:, 1]))
     query_group = work.query_group.reshape(batch, -1, tiling.query_tile)
@@ -57,7 +56,7 @@ def _tiles(work, tiling):
 
 
 def _scores(q_KgH, k_KtH, visible_tt):
-    """Returns float32[K, g, t] scores; `visible` repeats over the G heads inside g."""
+    """Returns float32[K, g, t] scores; `visible_tt` is repeated for the G heads within g."""
     s = jnp.einsum("KgH,KtH->Kgt", q_KgH, k_KtH, preferred_element_type=jnp.float32)
     K, g, t = s.shape
     s = jnp.where(visible_tt[None, None], s.reshape(K, -1, *visible_tt.shape), MASKED)
@@ -84,7 +83,7 @@ def _forward(tiling, q_BTNH, k_BSKH, v_BSKH, work):
 
     def step(n, carry):
         m, l, acc = carry
-        b, i, j, _ = tree_mask.unpack(work.words[n])
+        b, i, j, _ = tiling_lib.unpack(work.words[n])
         s = _scores(q[b, i], k[b, j], visible(b, i, j))
         m_new = jnp.maximum(m[b, i], s.max(-1))
         p = jnp.exp(s - m_new[..., None])
@@ -112,7 +111,7 @@ def _backward(tiling, residuals, grad_BTNH):
 
     def step(n, carry):
         dq, dk, dv = carry
-        b, i, j, _ = tree_mask.unpack(work.words[n])
+        b, i, j, _ = tiling_lib.unpack(work.words[n])
         s = _scores(q[b, i], k[b, j], visible(b, i, j))
         p = jnp.exp(s - log_sum[b, i][..., None])
         dp = jnp.einsum("KgH,KtH->Kgt", do[b, i], v[b, j], preferred_element_type=jnp.float32)

@@ -1,8 +1,8 @@
-"""Flash attention over a TreeMask by a pair of kernels: layout, scale, and what is kept for the gradients.
+"""Flash attention over a TreeMask by a pair of kernels: layout, scale, and residuals of the backward pass.
 
-The kernels see queries of base-2 scores, heads before positions, and whole tiles.
+Kernels get queries scaled for base-2 scores, heads before positions, and whole tiles.
 
-B rows, T queries, S keys, N query heads, K key heads, G = N/K, H head width.
+B rows, T queries, S keys, N query heads, K key heads, G = N/K query heads per key head, H head width.
 """
 
 import functools
@@ -35,7 +35,7 @@ class Kernels(NamedTuple):
 
 
 def dot(a, b, contract):
-    """Returns a product in float32; `contract` has the axis of each side that is summed."""
+    """Returns a product in float32; `contract` names the contracted axis of `a` and of `b`."""
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, (((contract[0],), (contract[1],)), ((), ())), precision=exact,
                            preferred_element_type=jnp.float32)
@@ -46,11 +46,11 @@ def attend(kernels: Kernels, q_BTNH, k_BSKH, v_BSKH, work: tiling_lib.Work, tili
     """Returns [B, T, N, H]: softmax attention where the mask of `work` allows, in the dtype of q.
 
     Args:
-      width: what H is widened to with zeros for the kernels; None leaves it.
+      width: head width that the kernels get, H padded with zeros; None: H.
     """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
-    # XLA fuses this with the rotation in front of it.
+    # XLA fuses this with the rotary embedding before it.
     q = (q_BTNH.astype(jnp.float32) * (H ** -0.5 * LOG2_E)).astype(q_BTNH.dtype)
     q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k_BSKH, v_BSKH))

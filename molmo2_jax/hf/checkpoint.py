@@ -1,15 +1,15 @@
 """Checkpoint folders in the hub layout: read into our parameter tree, and written from it.
 
-Everything that can be wrong with a folder is found from its config and the headers of its shards, before
-the first weight is read. Reading takes bytes straight from the shards; `place` decides how much of a
-parameter is read at once, so a sharded import never holds more than what its devices need.
+A folder is checked by its config and the headers of its shards before the first weight is read. Parameters
+are read directly from the shards; `place` decides how much of a parameter is read at once, so a sharded
+import never holds more than its devices need.
 """
 
 import dataclasses
 import pathlib
 import re
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from molmo2_jax.hf import weights
 from molmo2_jax.inputs import tokenizer as tokenizer_lib
 
 _ROWS_COMPARED = 4096
-_VIT_LAYER = re.compile(r"model\.vision_backbone\.image_vit\.transformer\.resblocks\.(\d+)\.")
+_VIT_LAYER = re.compile(r"model\.(?:vision_backbone\.image_)?vit\.transformer\.resblocks\.(\d+)\.")
 
 
 def _spelling(names: Iterable[str], folder: pathlib.Path) -> weights.Spelling:
@@ -40,7 +40,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[config_lib.Molmo2Config, co
     """Returns the configs of a checkpoint folder, from its JSON files alone.
 
     Raises:
-      ValueError: what hf.config.read and hf.processor.read refuse.
+      ValueError: as hf.config.read and hf.processor.read.
     """
     folder = pathlib.Path(folder)
     config = hf_config.read(processor.read_json(folder / "config.json"), str(folder / "config.json"))
@@ -48,7 +48,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[config_lib.Molmo2Config, co
 
 
 class Opened(NamedTuple):
-    """A folder whose parts fit each other; no weight has been read but those that tell a tied head."""
+    """A consistent folder; the only weights read are those compared to detect a tied head."""
     config: config_lib.Molmo2Config
     inputs: config_lib.InputConfig
     spelling: weights.Spelling
@@ -56,17 +56,21 @@ class Opened(NamedTuple):
 
 
 def open_checkpoint(folder: str | pathlib.Path) -> Opened:
-    """Returns what a folder holds.
+    """Returns the configs of a folder and a source of its parameters.
 
     Raises:
-      ValueError: the folder is incomplete, broken, or its parts contradict each other; all findings of one
-        kind in one message.
+      ValueError: the folder is incomplete or broken, or its parts contradict each other; the message
+        lists all problems of one kind.
     """
     folder = pathlib.Path(folder)
     config, inputs = read_config(folder)
     tensors = shards.open_folder(folder)
     spelling = _spelling(tensors, folder)
-    has_head = weights.HEAD.legacy[0] in tensors
+    heads = weights.head_names(config)
+    if spelling == "native" and config.pointer is not None:
+        raise ValueError("the tensors of a model with a pointer must have the released names, "
+                         f"model.transformer...; {folder} has {sorted(tensors)[:3]}")
+    has_head = any(name in tensors for name in heads)
     section = processor.read_json(folder / "config.json").get("vit_config") or {}
     declared = section.get("num_hidden_layers", 0)
 
@@ -74,7 +78,7 @@ def open_checkpoint(folder: str | pathlib.Path) -> Opened:
         shapes = {path: leaf.shape for path, leaf in weights.abstract_params(config).items()}
         table = weights.entries(config, spelling)
         if config.text.tied_head and not has_head:
-            table = [entry for entry in table if entry.tensors != weights.HEAD.legacy]
+            table = [entry for entry in table if entry.tensors[0] not in heads]
         return source_lib.Source(table, shapes, tensors)
 
     def is_spare_layer(name: str) -> bool:
@@ -88,10 +92,10 @@ def open_checkpoint(folder: str | pathlib.Path) -> Opened:
     if problems:
         raise ValueError(f"the tensors in {folder} must be those of its config.json: " + "; ".join(problems))
     if has_head:
-        config = _with_head(config, tied=_head_is_base_table(source, config, spelling))
+        config = _with_head(config, tied=_head_is_table(source, config, spelling))
         if promised and not config.text.tied_head:
-            raise ValueError("tie_word_embeddings is true, so lm_head.weight must equal the embedding of "
-                             f"the base vocabulary; they differ in {folder}")
+            raise ValueError(f"tie_word_embeddings is true, so {' and '.join(heads)} must equal the "
+                             f"embedding; they differ in {folder}")
         source = source_of(config)
     return Opened(config, inputs, spelling, source)
 
@@ -100,44 +104,48 @@ def _with_head(config: config_lib.Molmo2Config, tied: bool) -> config_lib.Molmo2
     return dataclasses.replace(config, text=dataclasses.replace(config.text, tied_head=tied))
 
 
-def _head_is_base_table(source: source_lib.Source, config: config_lib.Molmo2Config,
-                        spelling: weights.Spelling) -> bool:
-    """Returns whether the head repeats the base table bit for bit, as in the released 4B."""
+def _head_is_table(source: source_lib.Source, config: config_lib.Molmo2Config, spelling: weights.Spelling
+                   ) -> bool:
+    """Returns whether the head equals the base table bit for bit, as in the released 4B; with a pointer, also
+    the head of the added tokens their table."""
     names = weights.EMBEDDING.legacy if spelling == "legacy" else weights.EMBEDDING.native
     table = weights.Entry(weights.EMBEDDING.ours, names, "table", None)
-    head = source.tensors[weights.HEAD.legacy[0]]
-    if any(source.tensors[name].dtype != head.dtype for name in names):
+    heads = weights.head_names(config)
+    head = weights.Entry(("head", "new_head"), heads, "table", None)
+    kinds = {source.tensors[name].dtype for name in (*names, *heads)}
+    total = config.text.vocab_size + (config.text.additional_vocab_size if len(heads) > 1 else 0)
+    if len(kinds) > 1:
         return False
-    for first in range(0, config.text.vocab_size, _ROWS_COMPARED):
-        last = min(first + _ROWS_COMPARED, config.text.vocab_size)
-        if not np.array_equal(head.read(first, last).view(np.uint8),
+    for first in range(0, total, _ROWS_COMPARED):
+        last = min(first + _ROWS_COMPARED, total)
+        if not np.array_equal(source.rows(head, first, last).view(np.uint8),
                               source.rows(table, first, last).view(np.uint8)):
             return False
     return True
 
 
-def import_checkpoint(folder: str | pathlib.Path, dtype: str = "float32",
+def import_checkpoint(folder: str | pathlib.Path, dtype: str | Callable[[str], str] = "float32",
                       place: source_lib.Place | None = None
                       ) -> tuple[dict[str, Any], config_lib.Molmo2Config, config_lib.InputConfig]:
     """Returns (parameter tree without boxes, Molmo2Config, InputConfig) of a checkpoint folder.
 
     Args:
-      dtype: of the parameters, "float32" or "bfloat16".
-      place: makes the array of one parameter, e.g. straight onto its shards (`onto`). None gives numpy
+      dtype: of the parameters, "float32" or "bfloat16", or a function of their paths.
+      place: creates the array of one parameter, e.g. directly on its shards (source.onto). None gives numpy
         arrays.
 
     Raises:
-      ValueError: what open_checkpoint refuses, before weights are read.
+      ValueError: as open_checkpoint, before weights are read; or the dtype is neither.
     """
     config, inputs, _, source = open_checkpoint(folder)
     return weights.unflatten(source_lib.load(source, source.shapes, dtype, place)), config, inputs
 
 
 def _pending(params: Mapping[str, Any], config: config_lib.Molmo2Config) -> list[shards.Pending]:
-    """Returns the tensors of a model in the legacy spelling, to be computed when they are written.
+    """Returns the tensors of a model in the legacy spelling, each computed when it is written.
 
     Raises:
-      ValueError: the tree is not that of the config.
+      ValueError: parameters are missing, left over or of another shape than the config's.
     """
     flat = weights.flatten(params)
     wanted = {path: leaf.shape for path, leaf in weights.abstract_params(config).items()}
@@ -153,7 +161,10 @@ def _pending(params: Mapping[str, Any], config: config_lib.Molmo2Config) -> list
         return weights.to_torch(value, entry.layout)
 
     tensors = []
+    is_left_out = config.pointer is not None and config.text.tied_head   # heads, as in the released folders
     for entry in weights.entries(config, "legacy"):
+        if is_left_out and entry.tensors[0] in weights.head_names(config):
+            continue
         names = source_lib.tensor_shapes(entry, wanted)
         groups = [[path] for path in entry.paths]
         if len(entry.tensors) < len(entry.paths):
@@ -167,19 +178,21 @@ def export_checkpoint(params: Mapping[str, Any], model_config: config_lib.Molmo2
                       inputs_config: config_lib.InputConfig, tokenizer: tokenizer_lib.Tokenizer | None,
                       out_dir: str | pathlib.Path, dtype: str = "float32", max_shard_bytes: float = 5e9,
                       overwrite: bool = False, code_from: str | pathlib.Path | None = None) -> pathlib.Path:
-    """Returns `out_dir`, a folder that transformers, the released remote code and vLLM load.
+    """Returns `out_dir`, a folder that transformers, the released remote code and vLLM load; with a pointer,
+    one that the released remote code of MolmoPoint loads.
 
-    It appears under its name only when complete. Beside the parameters, some rows of one tensor are held in
-    host memory at a time. ViT layers that no tap reads are left out, since no reader would create them.
+    The folder gets its name only when it is complete. Besides the parameters, host memory holds a few rows of
+    one tensor at a time. ViT layers after the last tap are left out, since no reader creates them.
 
     Args:
-      params: the tree, boxed or not, numpy or jax arrays that this process can read in full.
+      params: the tree, boxed or not, of numpy arrays or of jax arrays that this process can read in full.
       dtype: of the stored tensors, "float32" or "bfloat16".
-      overwrite: replace an existing folder; otherwise one that is not empty is refused.
-      code_from: a folder whose remote-code files and `auto_map`s are passed on, if it has them.
+      overwrite: replace an existing folder; otherwise a folder that is not empty is refused.
+      code_from: a folder whose remote-code files and `auto_map`s are copied, if it has them.
 
     Raises:
-      ValueError: the hub format cannot hold this model, the tree does not fit the config, or out_dir exists.
+      ValueError: the hub format cannot represent this model, the tree does not fit the config, the tokenizer
+        has another vocabulary, the dtype is neither, or out_dir is not empty.
     """
     out = pathlib.Path(out_dir)
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
@@ -200,7 +213,7 @@ def export_checkpoint(params: Mapping[str, Any], model_config: config_lib.Molmo2
         for name, content in files.items():
             processor.write_json(folder / name, content)
         if tokenizer is not None:
-            processor.write_tokenizer(folder, tokenizer)
+            processor.write_tokenizer(folder, tokenizer, model_config)
         processor.write_json(folder / "config.json", values)
         remote_code.write(code, folder)
         if out.exists():

@@ -1,16 +1,20 @@
 """config.json of a checkpoint folder <-> Molmo2Config.
 
 We write the released ("legacy") form, which the remote code, transformers' native `molmo2` and vLLM all
-read. We read that form and the one native transformers writes; every field must be known, and must not
-contradict what our model does or what another field says. All complaints come in one error.
+read. We read that form and the one that native transformers writes. Every field must be known, and must agree
+with our model and with the other fields. One error lists all problems.
+
+A model with a pointer is `molmo_point`, which only its own remote code reads. The fields of OWN_FIELDS, which
+nobody else reads, are written only where they differ from the default.
 
 What we write for the 4B equals the released config.json field by field, with three exceptions:
-`transformers_version` is left out, `auto_map` comes with the files it names (hf/remote_code.py), and
-`use_frame_special_tokens` says what the processor file says. The reference's converter looks that field up on
-the wrong object and writes false. The remote code counts videos by the end token that it selects, so it must
-be the one the processor writes.
+`transformers_version` is left out, `auto_map` is written only with the files it names (hf/remote_code.py),
+and `use_frame_special_tokens` equals that of the processor file. The reference's converter reads that field
+from the wrong object and writes false; but the remote code counts videos by the end token that the field
+selects, so it must be the one that the processor writes.
 
-Source: reference: olmo/hf_model/configuration_molmo2.py; transformers: models/molmo2/configuration_molmo2.py.
+Source: reference: olmo/hf_model/configuration_molmo2.py, configuration_molmo_point.py; transformers:
+models/molmo2/configuration_molmo2.py.
 """
 
 import math
@@ -20,7 +24,7 @@ from typing import Any
 from molmo2_jax import config as config_lib
 
 _REQUIRED = object()
-_SIGLIP2_LAYERS = 27  # of the source; the released config.json counts them though 25 are stored
+_SIGLIP2_LAYERS = 27  # of SigLIP2; the released config.json says 27 although 25 are stored
 
 # Hub field -> the token whose id it holds.
 TOKEN_FIELDS = {
@@ -30,6 +34,29 @@ TOKEN_FIELDS = {
 }
 _OTHER_TOKEN_FIELDS = {"image_high_res_id": "<im_patch>", "image_token_id": "<im_patch>",
                        "video_token_id": "<im_patch>"}
+# Of a model with a pointer; low_res_image_start_token_id is null in its released files.
+POINTER_TOKEN_FIELDS = {
+    **{field: token for field, token in TOKEN_FIELDS.items()
+       if field not in ("image_low_res_id", "low_res_image_start_token_id")},
+    "image_high_res_id": "<im_patch>", "image_non_indexable_patch_id": "<im_low>",
+    "patch_token_id": "<|token_index|>", "subpatch_token_id": "<|vit_index|>",
+    "location_token_id": "<|vit_loc|>",
+}
+# How points are chosen: field -> (the class's default, the values that we implement; the first is written).
+POINTER_FIELDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "patch_location": ("3x3", ("3x3",)), "no_more_points_class": (False, (True,)),
+    "patch_embedding_kind": ("linear", ("image_feature0",)),
+    "embed_selected_vit_patch": ("linear", ("linear",)), "embed_location": (False, (False,)),
+    "layer_norm_x": (True, (True,)), "norm_logits": (True, (True,)),
+    "mask_patches": ("always", ("always", "inference")),
+    "mask_subpatches": ("inference", ("inference", "always")),
+    "mask_repeats": ("inference", ("inference", "all")),
+    "token_prediction_rotary": (True, ("one_d",)),
+}
+# Our own fields -> those of PointerConfig.
+OWN_FIELDS = {"patch_score_scale": "score_scale", "pointing_loss_weight": "loss_weight",
+              "location_from_raw_state": "raw_location_reference"}
+_POINTER_ROWS, _POINTER_EPS = 128, 1e-6   # of the added tokens' head; of the norms: both are fixed
 
 # Fields that cannot change the logits: bookkeeping of transformers, initialisation, dropout (a training
 # setting here), precision and choice of kernels.
@@ -43,7 +70,7 @@ _NO_EFFECT = frozenset("""
 
 
 class Section:
-    """One JSON object of config.json: reads its fields and remembers what was asked for."""
+    """One JSON object of config.json: reads and checks its fields, and records which are known."""
 
     def __init__(self, name: str, values: Any, problems: list[str]):
         self.name, self.problems, self.seen = name, problems, set(_NO_EFFECT)
@@ -52,10 +79,14 @@ class Section:
             problems.append(f"{name} must be an object, got {values!r}")
 
     def complain(self, field: str, rule: str, value: Any) -> None:
+        """Adds a problem: the rule that a field breaks, and its value."""
         self.problems.append(f"{self.name}{'.' if self.name else ''}{field} {rule}, got {value!r}")
 
     def read(self, *fields: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """Returns the value under any of its spellings; null counts as absent."""
+        """Returns the value of a field under any of its names; null counts as absent.
+
+        A missing field without a default, or one of another type, adds a problem and gives 1.
+        """
         self.seen.update(fields)
         found = {f: self.values[f] for f in fields if self.values.get(f) is not None}
         if not found:
@@ -73,7 +104,7 @@ class Section:
         return tuple(value) if kind is list else value
 
     def expect(self, wanted: Any, *fields: str) -> None:
-        """Notes a problem if one of the fields is there and differs from the only value we implement."""
+        """Adds a problem if one of the fields is present and differs from the only value we implement."""
         self.seen.update(fields)
         for field in fields:
             value = self.values.get(field)
@@ -81,20 +112,22 @@ class Section:
                 self.complain(field, f"must be {wanted!r}", value)
 
     def expect_one_of(self, wanted: tuple[Any, ...], field: str) -> None:
-        """Notes a problem if the field is there and holds none of the wanted values."""
+        """Adds a problem if the field is present with a value that is not in `wanted`."""
         self.seen.add(field)
         value = self.values.get(field)
         if value is not None and value not in wanted:
             self.complain(field, f"must be one of {wanted}", value)
 
     def finish(self) -> None:
+        """Adds a problem if the object has unknown fields."""
         unknown = sorted(set(self.values) - self.seen)
         if unknown:
             self.problems.append(f"unknown in {self.name or 'the top level'}: {', '.join(unknown)}")
 
 
 _MODEL_TYPES = {"vit_config": ("molmo2", "molmo2_vision"), "vision_config": ("molmo2_vision",),
-                "adapter_config": ("molmo2", "molmo2_adapter"), "text_config": ("molmo2_text",)}
+                "adapter_config": ("molmo2", "molmo2_adapter", "molmo_point"),
+                "text_config": ("molmo2_text",)}
 
 
 def _read_vision(section: Section, adapter: Section, is_legacy: bool) -> tuple[dict, tuple[int, ...]]:
@@ -120,7 +153,7 @@ def _read_vision(section: Section, adapter: Section, is_legacy: bool) -> tuple[d
         adapter.complain("vit_layers", f"must name some of the {depth} ViT layers", list(taps))
         taps = (0,)
     taps = tuple(tap % depth for tap in taps)
-    # Released configs count all layers of SigLIP2, released weights end with the last tap.
+    # Released configs count all layers of SigLIP2; released weights end with the last tap.
     return fields | {"num_layers": max(taps) + 1 if is_legacy else depth}, taps
 
 
@@ -136,8 +169,36 @@ def _read_connector(section: Section, vision: dict, text_width: int) -> dict:
     return dict(num_heads=heads, head_dim=head_dim, mlp_width=section.read("intermediate_size", kind=int))
 
 
+def _read_pointer(top: Section, adapter: Section, text: dict
+                  ) -> tuple[config_lib.PointerConfig | None, bool]:
+    """Returns (settings of the pointer, whether the connector has an output layer)."""
+    for field, (default, known) in POINTER_FIELDS.items():
+        top.seen.add(field)
+        value = top.values.get(field, default)   # null is a value of its own here
+        if not any(type(value) is type(one) and value == one for one in known):
+            top.complain(field, f"must be {' or '.join(map(repr, known))}", value)
+    adapter.seen.add("positional_embeddings")
+    if adapter.values.get("positional_embeddings", 16) is not None:
+        adapter.complain("positional_embeddings", "must be null",
+                         adapter.values.get("positional_embeddings", 16))
+    if text["norm_eps"] != _POINTER_EPS:
+        top.complain("layer_norm_eps of text_config", f"must be {_POINTER_EPS}, as of the pointer's norm",
+                     text["norm_eps"])
+    defaults = config_lib.PointerConfig()
+    own = {ours: top.read(field, kind=float if ours == "score_scale" else type(getattr(defaults, ours)),
+                          default=getattr(defaults, ours)) for field, ours in OWN_FIELDS.items()}
+    width = top.read("patch_embed_dim", kind=int, default=256)
+    theta = top.read("token_prediction_rotary_theta", kind=float, default=50000.0)
+    has_output = adapter.read("attention_pooling_out_layer", kind=bool, default=False)
+    try:
+        return config_lib.PointerConfig(width=width, theta=float(theta), **own), has_output
+    except ValueError as error:
+        top.problems.append(str(error))
+        return None, has_output
+
+
 def _read_rope(section: Section, depth: int) -> dict:
-    """Returns rope_theta and yarn. Without a list of layers a scaling applies to all of them."""
+    """Returns rope_theta and yarn. Without a list of layers, scaling applies to all of them."""
     where = f"{section.name}.rope"
     legacy = section.read("rope_scaling", kind=dict, default={})
     native = section.read("rope_parameters", kind=dict, default={})
@@ -159,7 +220,7 @@ def _read_rope(section: Section, depth: int) -> dict:
 
 
 def read_yarn(rope: Section, layers: tuple[int, ...]) -> config_lib.YarnConfig | None:
-    """Returns the scaling that a rope_scaling or rope_parameters asks for in `layers`, None for none."""
+    """Returns the scaling of a rope_scaling or rope_parameters object, for `layers`; None if unscaled."""
     kind = rope.read("rope_type", "type", kind=str, default="default")
     rope.expect(1.0, "partial_rotary_factor")
     if kind != "yarn":
@@ -196,13 +257,13 @@ def _read_text(section: Section) -> dict:
 
 
 def read(values: Mapping[str, Any], where: str = "config.json") -> config_lib.Molmo2Config:
-    """Returns the model that a config.json describes, pooling windows and initialisation at their defaults.
+    """Returns the model that a config.json describes, with default pooling windows and initialisation.
 
-    `tied_head` is what the file says; released files say false even where the head is a copy of the
-    embedding, which only the tensors can tell.
+    `tied_head` is that of the file. Released files say false even where the head is a copy of the embedding,
+    which shows only in the tensors.
 
     Raises:
-      ValueError: missing, unknown or contradicting fields, all of them.
+      ValueError: fields are missing, unknown or contradict each other; the message lists all.
     """
     problems: list[str] = []
     top = Section("", values, problems)
@@ -216,12 +277,20 @@ def read(values: Mapping[str, Any], where: str = "config.json") -> config_lib.Mo
     connector = _read_connector(sections["adapter_config"], vision, text["width"])
     for key, section in sections.items():
         section.expect_one_of(_MODEL_TYPES[key], "model_type")
-    if values.get("model_type") != "molmo2":
-        top.complain("model_type", "must be 'molmo2'", values.get("model_type"))
+    pointer, token_fields = None, {**TOKEN_FIELDS, **_OTHER_TOKEN_FIELDS}
+    if values.get("model_type") == "molmo_point":
+        pointer, connector["has_output"] = _read_pointer(top, sections["adapter_config"], text)
+        token_fields = POINTER_TOKEN_FIELDS | {"low_res_image_start_token_id": "<low_res_im_start>"}
+    elif values.get("model_type") != "molmo2":
+        top.complain("model_type", "must be 'molmo2' or 'molmo_point'", values.get("model_type"))
     top.seen |= {"model_type", "use_frame_special_tokens"}  # the processor's value of the latter counts
+    for field in ("quantization_config", "quantization"):
+        if values.get(field) is not None:
+            top.complain(field, "must be absent, since only unquantised weights are read", values[field])
+        top.seen.add(field)
     top.expect(False, "is_encoder_decoder")
     text["tied_head"] |= top.read("tie_word_embeddings", kind=bool, default=False)
-    for field, token in {**TOKEN_FIELDS, **_OTHER_TOKEN_FIELDS}.items():
+    for field, token in token_fields.items():
         top.expect(text["vocab_size"] + config_lib.SPECIAL_TOKENS.index(token), field)
     for section in (top, *sections.values()):
         section.finish()
@@ -229,23 +298,31 @@ def read(values: Mapping[str, Any], where: str = "config.json") -> config_lib.Mo
         try:
             return config_lib.Molmo2Config(
                 vision=config_lib.VisionConfig(**vision), text=config_lib.TextConfig(**text),
-                connector=config_lib.ConnectorConfig(taps=taps, **connector))
+                connector=config_lib.ConnectorConfig(taps=taps, **connector), pointer=pointer)
         except ValueError as error:
             problems.append(str(error))
     raise ValueError(f"{where} must describe a Molmo2 model: " + "; ".join(problems))
 
 
 def check_exportable(config: config_lib.Molmo2Config) -> None:
-    """Returns nothing.
+    """Checks that the hub format can represent a model.
 
     Raises:
-      ValueError: the hub format cannot say what this model does.
+      ValueError: it cannot.
     """
     if config.visual_attention != "image_tokens":
-        raise ValueError("visual_attention must be 'image_tokens' to be exported, transformers knows no "
+        raise ValueError("visual_attention must be 'image_tokens' to be exported, transformers supports no "
                          f"other; got {config.visual_attention!r}")
+    t = config.text
+    if config.pointer is None:
+        config_lib.require(config.connector.has_output, "has_output must be True to be exported without a "
+                           "pointer, transformers supports no other", False)
+    elif (t.additional_vocab_size, t.norm_eps) != (_POINTER_ROWS, _POINTER_EPS):
+        raise ValueError(f"additional_vocab_size and norm_eps must be {_POINTER_ROWS} and {_POINTER_EPS} to "
+                         "be exported with a pointer, as in its remote code; "
+                         f"got {t.additional_vocab_size} and {t.norm_eps}")
     if config.visual_merge != "add":
-        raise ValueError("visual_merge must be 'add' to be exported, transformers knows no other; "
+        raise ValueError("visual_merge must be 'add' to be exported, transformers supports no other; "
                          f"got {config.visual_merge!r}")
     width = config.connector.num_heads * config.connector.head_dim
     if width != config.vision.width:
@@ -254,7 +331,7 @@ def check_exportable(config: config_lib.Molmo2Config) -> None:
 
 
 def _write_vision(config: config_lib.Molmo2Config) -> tuple[dict, list[int]]:
-    """Returns (vit_config, vit_layers), the layers counted from the end as in the released files."""
+    """Returns (vit_config, vit_layers), layers counted from the end as in the released files."""
     v = config.vision
     depth = _SIGLIP2_LAYERS if (v.width, v.num_layers) == (1152, 25) else v.num_layers
     section = {
@@ -292,10 +369,11 @@ def write(config: config_lib.Molmo2Config, dtype: str = "float32", use_frame_spe
           ) -> dict[str, Any]:
     """Returns the config.json of a model in the released form, without `auto_map`.
 
-    A tied head is written as untied, as in the released 4B: its copy of the embedding is stored.
+    A tied head is written as untied, as in the released 4B: its copy of the embedding is stored. With a
+    pointer it is written as tied, and not stored.
 
     Args:
-      use_frame_special_tokens: what the processor file says (InputConfig).
+      use_frame_special_tokens: as in the processor file (InputConfig).
 
     Raises:
       ValueError: see check_exportable.
@@ -310,10 +388,31 @@ def write(config: config_lib.Molmo2Config, dtype: str = "float32", use_frame_spe
         "attention_dropout": 0.0, "residual_dropout": 0.0, "hidden_act": "silu",
         "intermediate_size": c.mlp_width, "text_hidden_size": t.width, "image_feature_dropout": 0.0,
         "initializer_range": c.init_std or 0.02, "attn_implementation": "sdpa"}
-    return {
+    whole = {
         "model_type": "molmo2", "architectures": ["Molmo2ForConditionalGeneration"],
         **{field: config.special_id(token) for field, token in TOKEN_FIELDS.items()},
         "image_high_res_id": config.special_id("<im_patch>"),
         "use_frame_special_tokens": use_frame_special_tokens, "initializer_range": t.init_std or 0.02,
         "use_cache": True, "tie_word_embeddings": False, "dtype": dtype,
         "vit_config": vision, "adapter_config": adapter, "text_config": _write_text(t)}
+    return whole if config.pointer is None else _with_pointer(whole, config, config.pointer)
+
+
+def _with_pointer(values: dict[str, Any], config: config_lib.Molmo2Config, pointer: config_lib.PointerConfig
+                  ) -> dict[str, Any]:
+    """Returns the config.json of a model with a pointer, from what is written of it without one."""
+    default = config_lib.PointerConfig()
+    kept = {field: value for field, value in values.items() if field not in TOKEN_FIELDS}
+    own = {field: getattr(pointer, ours) for field, ours in OWN_FIELDS.items()
+           if getattr(pointer, ours) != getattr(default, ours)}
+    tied = {"tie_word_embeddings": True} if config.text.tied_head else {}
+    return kept | {
+        "model_type": "molmo_point", "architectures": ["MolmoPointForConditionalGeneration"],
+        **{field: config.special_id(token) for field, token in POINTER_TOKEN_FIELDS.items()},
+        "low_res_image_start_token_id": None,
+        **{field: known[0] for field, (_, known) in POINTER_FIELDS.items()},
+        "patch_embed_dim": pointer.width, "token_prediction_rotary_theta": pointer.theta, **own,
+        "adapter_config": values["adapter_config"] | {
+            "model_type": "molmo_point", "positional_embeddings": None,
+            "attention_pooling_out_layer": config.connector.has_output},
+        "text_config": values["text_config"] | tied}

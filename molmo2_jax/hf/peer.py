@@ -1,12 +1,15 @@
-"""transformers' own molmo2 model of a folder, fed with our arrays: what our logits are compared with.
+"""transformers' own molmo2 model of a folder, run on our arrays: the reference for our logits.
 
-The only module that imports torch and transformers; nothing imports it unless a comparison is asked for.
+The only module that imports torch and transformers; it is imported only for a comparison.
+
+T tokens, V base vocabulary.
 """
 
 import contextlib
 import os
+import warnings
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder is all there is to load
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything loaded here is in local folders
 
 import pathlib
 from collections.abc import Sequence
@@ -21,16 +24,16 @@ from molmo2_jax import types
 
 
 def load(folder: str | pathlib.Path):
-    """Returns transformers' model of a folder in float32, ready to answer.
+    """Returns transformers' model of a folder in float32 and evaluation mode.
 
     Raises:
-      ValueError: tensors are missing, left over or of another shape, or the folder cannot be loaded.
+      ValueError: tensors are missing, unused or of another shape, or the folder cannot be loaded.
     """
     transformers.utils.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForImageTextToText.from_pretrained(
             folder, output_loading_info=True, dtype=torch.float32)
-    except Exception as error:  # it raises whatever its parts meet
+    except Exception as error:  # from_pretrained raises many types
         raise ValueError(f"transformers must load {folder}; {type(error).__name__}: {error}") from error
     problems = {name: sorted(map(str, found)) for name, found in info.items() if found}
     if problems:
@@ -38,11 +41,26 @@ def load(folder: str | pathlib.Path):
     return model.eval()
 
 
+def with_adapter(model, folder: str | pathlib.Path):
+    """Returns transformers' model with the PEFT adapter of a folder beside its weights.
+
+    Raises:
+      ValueError: peft cannot load it, or finds tensors that are missing or unexpected.
+    """
+    import peft
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)   # peft warns of tensors that it does not find
+        try:
+            return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        except (UserWarning, ValueError, RuntimeError) as error:
+            raise ValueError(f"peft must load {folder}; {error}") from error
+
+
 def arguments(sequences: Sequence[types.Sequence], config: config_lib.Molmo2Config
               ) -> dict[str, torch.Tensor]:
-    """Returns the arguments of transformers' forward for sequences side by side, padded on the left.
+    """Returns the arguments of transformers' forward for a batch of sequences, padded on the left.
 
-    Those with visual tokens are either all videos or all images.
+    Sequences with visual tokens must be all videos or all images.
     """
     length = max(len(one.tokens) for one in sequences)
     left = lambda x: np.pad(x, (length - len(x), 0))
@@ -80,10 +98,10 @@ def _grids(one: types.Sequence, config: config_lib.Molmo2Config, is_video: bool)
 
 
 def logits(model, sequences: Sequence[types.Sequence], config: config_lib.Molmo2Config) -> list[np.ndarray]:
-    """Returns [T, V] logits of each sequence in the model's dtype, all computed side by side.
+    """Returns [T, V] logits of each sequence in the model's dtype, computed as one batch.
 
-    A config with causal visual attention, or whose visual features replace the embedding of `<im_patch>`, is
-    obeyed: without mm_token_type_ids transformers is causal, and what is added to a row of zeros replaces it.
+    Also for a config with causal visual attention, or whose visual features replace the embedding of
+    `<im_patch>`: transformers is causal without mm_token_type_ids, and adding to a zero row replaces it.
     """
     given = {name: value.to(model.dtype) if value.is_floating_point() else value
              for name, value in arguments(sequences, config).items()}
@@ -97,7 +115,7 @@ def logits(model, sequences: Sequence[types.Sequence], config: config_lib.Molmo2
 
 @contextlib.contextmanager
 def _zeroed(table: torch.Tensor, rows: list[int]):
-    """Within it, these rows of a table are zero."""
+    """Sets rows of a table to zero within the block."""
     kept = table[rows].clone()
     table[rows] = 0
     try:
@@ -107,7 +125,7 @@ def _zeroed(table: torch.Tensor, rows: list[int]):
 
 
 def answers(model, sequence: types.Sequence, config: config_lib.Molmo2Config, num_new: int) -> list[int]:
-    """Returns the greedy continuation of a sequence, never stopping early."""
+    """Returns the greedy continuation of a sequence; EOS does not end it."""
     given = arguments([sequence], config)
     del given["position_ids"]
     generated = model.generate(**given, max_new_tokens=num_new, do_sample=False, eos_token_id=None)
@@ -126,7 +144,11 @@ def tokenizer(folder: str | pathlib.Path):
 
 
 def processor(folder: str | pathlib.Path):
-    """Returns transformers' processor of a folder. Raises ImportError where torchvision is missing."""
+    """Returns transformers' processor of a folder.
+
+    Raises:
+      ImportError: torchvision is not installed.
+    """
     if not transformers.utils.is_torchvision_available():
         raise ImportError("transformers' processor needs torchvision")
     return transformers.AutoProcessor.from_pretrained(folder)

@@ -1,7 +1,7 @@
-"""What lies beside the weights: how others must prepare inputs for the model, and generate with it.
+"""The files next to the weights: input processors, tokenizer, chat template and generation settings.
 
-Written as separate files, which transformers, the released remote code and vLLM all read; read from these
-or from the one nested processor_config.json that transformers writes.
+Written as separate files, which transformers, the released remote code and vLLM all read; read from these or
+from the nested processor_config.json that transformers writes.
 
 Source: reference: olmo/hf_model/processing_molmo2.py, convert_molmo2_to_hf.py; transformers:
 models/molmo2/processing_molmo2.py.
@@ -22,10 +22,12 @@ from molmo2_jax.inputs import tokenizer as tokenizer_lib
 IMAGE_FILE, VIDEO_FILE, PROCESSOR_FILE = (
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
-# Without the token switches the overview of an image would get column tokens it was not trained with.
+# Without these switches the overview of an image would get column tokens that training did not use.
 _SWITCHES = {"image_use_col_tokens": True, "use_single_crop_col_tokens": False,
              "use_single_crop_start_token": True, "video_use_col_tokens": False}
-_FRAME_TOKENS = "use_frame_special_tokens"  # the one switch of which both values are in use
+_FRAME_TOKENS = "use_frame_special_tokens"  # the only switch with both values in use
+_LOW_RES = "use_low_res_token_for_global_crops"   # <im_low> in overviews: true for models with a pointer
+_NUM_POINTS = 31200   # ids by which generation frameworks carry choices: enough for 384 frames
 _PADS = ("<|pad|>", tokenizer_lib.END_OF_TEXT)  # first of these that the vocabulary has, else EOS
 
 _TEMPLATE = """\
@@ -84,18 +86,18 @@ def chat_template() -> str:
 def _check_exportable(inputs: config_lib.InputConfig) -> None:
     for field in ("frame_time_text", "per_frame_special_tokens"):
         if not getattr(inputs, field):
-            raise ValueError(f"{field} must be True to be exported, other processors always write it; "
+            raise ValueError(f"{field} must be True to be exported, since other processors always write it; "
                              "got False")
 
 
 def write(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig) -> dict[str, dict[str, Any]]:
     """Returns {file name: JSON object} of the three processor files.
 
-    Fields are those of the released files. `max_images` and `high_res_crops` are our own; other readers skip
-    them.
+    Fields are those of the released files, and our own `max_images` and `high_res_crops`, which other readers
+    ignore.
 
     Raises:
-      ValueError: other processors cannot lay the inputs out this way.
+      ValueError: other processors cannot prepare inputs this way.
     """
     _check_exportable(inputs)
     side = config.vision.image_size
@@ -114,12 +116,17 @@ def write(config: config_lib.Molmo2Config, inputs: config_lib.InputConfig) -> di
                      "frame_sample_mode": "uniform_last_frame", "num_frames": inputs.max_frames,
                      "max_fps": fps, "sampling_fps": 2, "do_sample_frames": True},
         PROCESSOR_FILE: {"processor_class": "Molmo2Processor", **_SWITCHES,
+                         **({} if config.pointer is None else {_LOW_RES: True}),
                          _FRAME_TOKENS: inputs.use_frame_special_tokens},
     }
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Returns the JSON object of a file. Raises ValueError if it is missing or holds something else."""
+    """Returns the JSON object of a file.
+
+    Raises:
+      ValueError: the file is missing or contains no JSON object.
+    """
     try:
         values = text_file.read_json(path)
     except (OSError, ValueError) as error:
@@ -134,7 +141,7 @@ def _read_optional(path: pathlib.Path) -> dict[str, Any]:
 
 
 def uses_frame_tokens(folder: pathlib.Path) -> Any:
-    """Returns `use_frame_special_tokens` of the processor file, unchecked; True if nothing says so."""
+    """Returns `use_frame_special_tokens` of the processor file, unchecked; True if it is absent."""
     return _read_optional(folder / PROCESSOR_FILE).get(_FRAME_TOKENS, True)
 
 
@@ -142,12 +149,12 @@ def read(folder: pathlib.Path, config: config_lib.Molmo2Config
          ) -> tuple[config_lib.Molmo2Config, config_lib.InputConfig]:
     """Returns the config with the pooling windows of a checkpoint folder, and its InputConfig.
 
-    What a missing file would have said keeps its default; fields we do not use are skipped. The markers of
-    frames follow `use_frame_special_tokens` of the processor file, never of config.json: the reference's
-    converter writes false there whatever the model was trained with, as in the released 4B.
+    Fields of a missing file keep their defaults; fields we do not use are ignored. Frame markers follow
+    `use_frame_special_tokens` of the processor file, not of config.json, where the reference's converter
+    writes false regardless of the training, as in the released 4B.
 
     Raises:
-      ValueError: the files prepare inputs in a way the model or `inputs` does not; all such fields.
+      ValueError: the files describe inputs that the model or `inputs` does not support; all such fields.
     """
     problems: list[str] = []
     joint = _read_optional(folder / PROCESSOR_FILE)
@@ -157,6 +164,7 @@ def read(folder: pathlib.Path, config: config_lib.Molmo2Config
     switches = hf_config.Section(PROCESSOR_FILE, joint, problems)
     for field, value in _SWITCHES.items():
         switches.expect(value, field)
+    switches.expect(config.pointer is not None, _LOW_RES)
     frame_tokens = uses_frame_tokens(folder)
     if not isinstance(frame_tokens, bool):  # other processors read null as false
         switches.complain(_FRAME_TOKENS, "must be true or false", frame_tokens)
@@ -193,9 +201,17 @@ def _pad_text(tokenizer: tokenizer_lib.Tokenizer) -> str:
     return tokenizer.token(tokenizer.eos_id)
 
 
-def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json."""
+def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer,
+                    config: config_lib.Molmo2Config | None = None) -> None:
+    """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja and generation_config.json.
+
+    For a model with a pointer, tokenizer.json also has the ids by which generation frameworks carry choices.
+    """
     tokenizer.save(folder)
+    if config is not None and config.pointer is not None:
+        values = read_json(folder / "tokenizer.json")
+        values["added_tokens"] += _choice_tokens(config)
+        (folder / "tokenizer.json").write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     path = folder / "tokenizer_config.json"
     pad = _pad_text(tokenizer)
     settings = json.loads(path.read_text(encoding="utf-8")) | {
@@ -209,6 +225,21 @@ def write_tokenizer(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) ->
         "pad_token_id": tokenizer.encode(pad)[0]})
 
 
+def choice_ids(config: config_lib.Molmo2Config) -> dict[str, int]:
+    """Returns {text: id} of the tokens after the special ones that a model with a pointer has on the hub:
+    fillers up to the end of the second table, then `<POINT_k>`, which have no embedding."""
+    fillers = config.text.additional_vocab_size - len(config_lib.SPECIAL_TOKENS)
+    texts = [f"<EXTRA_TOKENS_POINT_{k}>" for k in range(fillers)]
+    texts += [f"<POINT_{k}>" for k in range(_NUM_POINTS)]
+    first = config.text.vocab_size + len(config_lib.SPECIAL_TOKENS)
+    return {text: first + place for place, text in enumerate(texts)}
+
+
+def _choice_tokens(config: config_lib.Molmo2Config) -> list[dict[str, Any]]:
+    return [{"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": True, "special": False} for text, number in choice_ids(config).items()]
+
+
 def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object laid out as in the released folders, fields in alphabetical order."""
+    """Writes a JSON object formatted as in the released folders, fields in alphabetical order."""
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Python files of a checkpoint folder that other programs run to load it: passed on, never run by us.
+"""Python files of a checkpoint folder that other programs run to load it: copied, never run by us.
 
-The JSON files of such a folder say under `auto_map` which class of which file to use. In a work directory,
-which may be in a bucket, the same files are in the folder NAME, so that a model that was imported, trained
-and exported is loaded in the ways it came with.
+The JSON files of such a folder name the classes and their files under `auto_map`. In a work directory, which
+may be in a bucket, these files are in the folder NAME, so that a model that was imported, trained and
+exported can be loaded like the original.
 """
 
 import os
@@ -28,7 +28,7 @@ def read(folder: str | os.PathLike | None) -> Code:
     """Returns the remote code of a folder; empty if none of its JSON files refers to any.
 
     Raises:
-      ValueError: an auto_map names a file that is not there, or a JSON file cannot be read.
+      ValueError: an auto_map names a file that is missing, or a JSON file cannot be read.
     """
     if folder is None:
         return Code({}, ())
@@ -44,14 +44,14 @@ def read(folder: str | os.PathLike | None) -> Code:
 
 
 def _files(auto_map: Any) -> list[str]:
-    """Returns the files that an auto_map needs; "repository--file.Class" needs none here."""
+    """Returns the local files that an auto_map needs; "repository--file.Class" needs none."""
     values = auto_map.values() if isinstance(auto_map, dict) else auto_map
     names = [name for value in values for name in (value if isinstance(value, list | tuple) else [value])]
     return [f"{name.rpartition('.')[0]}.py" for name in names if name and "--" not in name]
 
 
 def write(code: Code, folder: str | os.PathLike) -> None:
-    """Copies the files into a folder and adds the auto_maps to its JSON files, or to new ones."""
+    """Copies the files into a folder and adds the auto_maps to its JSON files, created where missing."""
     target = files_lib.path(folder)
     if not code.auto_maps:
         return

@@ -1,8 +1,8 @@
-"""The safetensors format: tensors by byte range in, shards one tensor at a time out.
+"""The safetensors format: reads tensors by byte range, writes shards one tensor at a time.
 
-A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the bytes. We
-read with plain `pread` instead of a memory map, so that a checkpoint never counts twice against the host's
-memory, and write without ever holding a shard.
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. Files
+are read with `readinto`, not mapped, so that a checkpoint does not occupy host memory twice; they are written
+without holding a whole shard.
 
 Source: https://github.com/huggingface/safetensors (format section).
 """
@@ -26,12 +26,12 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".safetensors")
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_CHUNK = 1 << 26  # bytes of a tensor that are brought into torch's layout at a time
+_CHUNK = 1 << 26  # bytes of a tensor converted to torch's layout at a time
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 
 
 def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Returns np.empty that begins at a multiple of 64 bytes, so that jax on CPU takes it without a copy."""
+    """Returns np.empty aligned to 64 bytes, which jax on CPU uses without a copy."""
     size = math.prod(shape) * dtype.itemsize
     data = np.empty(size + 64, np.uint8)
     start = -data.ctypes.data % 64
@@ -39,14 +39,18 @@ def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies on disk."""
+    """The place of a tensor on disk."""
     path: pathlib.Path
     dtype: np.dtype
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
 
     def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Returns rows first .. last - 1, reading only their bytes."""
+        """Returns rows first .. last - 1, reading only their bytes.
+
+        Raises:
+          ValueError: the file ends before the tensor does.
+        """
         last = self.shape[0] if last is None else last
         row = math.prod(self.shape[1:])
         out = empty((last - first, *self.shape[1:]), self.dtype)
@@ -66,8 +70,7 @@ def _header(path: pathlib.Path) -> tuple[dict, int]:
     """Returns (header, offset of the first data byte).
 
     Raises:
-      ValueError: the file is cut short or is not a safetensors file; the message says what it is, if its
-        first bytes do.
+      ValueError: the file is truncated or not a safetensors file; the message names its type if known.
     """
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -75,7 +78,7 @@ def _header(path: pathlib.Path) -> tuple[dict, int]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             what = file_kind.describe(path, is_binary=True) or (
-                f"cut off or no safetensors file: it announces a header of {length} bytes; download it again")
+                f"truncated or no safetensors file: its header length is {length} bytes; download it again")
             raise ValueError(f"a shard must be a complete safetensors file; {path} has {size} bytes and is "
                              f"{what}")
         try:
@@ -94,7 +97,8 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
     """Returns {name: Tensor} of one file.
 
     Raises:
-      ValueError: cut short, not safetensors, or a tensor is not float32, float16 or bfloat16.
+      ValueError: the file is truncated or no safetensors file, a tensor is not float32, float16 or bfloat16,
+        or tensors overlap or leave gaps.
     """
     header, base = _header(path)
     size = path.stat().st_size
@@ -109,13 +113,13 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
         found[name] = Tensor(path, DTYPES[code], shape, base + first)
     end = base + max((info["data_offsets"][1] for info in header.values()), default=0)
     if size < end:
-        raise ValueError(f"a shard must be complete; {path} has {size} bytes, its header speaks of {end}: "
+        raise ValueError(f"a shard must be complete; {path} has {size} bytes, its header describes {end}: "
                          "download it again")
-    # The format knows no holes: bytes that no tensor or two tensors claim are damage.
+    # The format has no gaps: bytes that belong to no tensor, or to two, are damage.
     at = base
     for name, one in sorted(found.items(), key=lambda item: item[1].offset):
         if one.offset != at:
-            raise ValueError(f"the tensors of a shard must follow each other; {name} in {path} begins at "
+            raise ValueError(f"the tensors of a shard must be contiguous; {name} in {path} begins at "
                              f"byte {one.offset} instead of {at}")
         at += math.prod(one.shape) * one.dtype.itemsize
     if at != size:
@@ -124,7 +128,11 @@ def open_file(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def _entry(name: str, info: Any, path: pathlib.Path) -> tuple[str, tuple[int, ...], int, int]:
-    """Returns (dtype, shape, first and last byte) of a header's entry."""
+    """Returns (dtype, shape, first byte, byte after the last) of a header's entry.
+
+    Raises:
+      ValueError: the entry lacks one of these, or has another type.
+    """
     try:
         code, shape, (first, last) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         sizes = [*shape, first, last]
@@ -136,18 +144,22 @@ def _entry(name: str, info: Any, path: pathlib.Path) -> tuple[str, tuple[int, ..
 
 
 def refuse_adapter(folder: pathlib.Path) -> None:
-    """Raises ValueError if a folder holds an adapter of PEFT, which is no model without its base."""
+    """Checks that a folder does not contain a PEFT adapter, which is incomplete without its base model.
+
+    Raises:
+      ValueError: it does.
+    """
     if (folder / ADAPTER).is_file():
-        raise ValueError(f"a model must be whole; {folder} holds an adapter (PEFT, {ADAPTER}): merge "
-                         "it into its base model (`merge_and_unload`) and save that")
+        raise ValueError(f"a model must be complete; {folder} contains a PEFT adapter ({ADAPTER}): import it "
+                         "with its base (launch.convert import --model=BASE --adapter=FOLDER --output=...)")
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
     """Returns {name: Tensor} of a checkpoint folder, sharded or not.
 
     Raises:
-      ValueError: no weights, an adapter, missing shards, or tensors that are not where the index says; all
-        listed.
+      ValueError: no weights, an adapter, missing shards, or tensors in other shards than the index says; the
+        message lists all.
     """
     refuse_adapter(folder)
     if not (folder / INDEX).is_file():
@@ -170,11 +182,11 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
         raise ValueError(f"{INDEX} must name files of its folder; {folder}: {', '.join(outside)}")
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
-        raise ValueError(f"every shard of the index must be there; {folder} lacks {', '.join(missing)}")
+        raise ValueError(f"every shard of the index must exist; {folder} lacks {', '.join(missing)}")
     shards = {file: open_file(folder / file) for file in files}
     absent = [f"{name} in {file}" for name, file in where.items() if name not in shards[file]]
     if absent:
-        raise ValueError(f"shards must hold what the index says; {folder} lacks {', '.join(absent)}")
+        raise ValueError(f"shards must contain the tensors of the index; {folder} lacks {', '.join(absent)}")
     extra = [f"{name} in {file}" for file, tensors in shards.items()
              for name in tensors if where.get(name) != file]
     if extra:
@@ -183,13 +195,14 @@ def open_folder(folder: pathlib.Path) -> dict[str, Tensor]:
 
 
 class Pending(NamedTuple):
-    """A tensor to be written; when its turn comes `make` returns it in parts, laid one under the other."""
+    """A tensor to be written; `make` returns its parts, which are concatenated along axis 0."""
     name: str
     shape: tuple[int, ...]
     make: Callable[[], Sequence[np.ndarray]]
 
 
-def _write_file(path: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype) -> None:
+def write_file(path: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype) -> None:
+    """Writes the tensors in order, one at a time, into one file."""
     code = next(code for code, known in DTYPES.items() if known == dtype)
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -198,7 +211,7 @@ def _write_file(path: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype)
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # data start at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, shape, make in tensors:
@@ -215,9 +228,9 @@ def _write_file(path: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype)
 
 def write_folder(folder: pathlib.Path, tensors: Sequence[Pending], dtype: np.dtype,
                  max_shard_bytes: float) -> None:
-    """Writes the tensors into as many shards as needed, in order, one at a time, and the index.
+    """Writes the tensors in order, one at a time, into as many shards as needed, and the index.
 
-    One shard gets no index, as transformers does. A tensor larger than the limit gets its own shard.
+    A single shard has no index, as in transformers. A tensor larger than the limit has a shard of its own.
     """
     shards: list[list[Pending]] = []
     room = 0.0
@@ -229,12 +242,12 @@ def write_folder(folder: pathlib.Path, tensors: Sequence[Pending], dtype: np.dty
         shards[-1].append(tensor)
         room -= size
     if len(shards) == 1:
-        _write_file(folder / SINGLE, shards[0], dtype)
+        write_file(folder / SINGLE, shards[0], dtype)
         return
     where = {}
     for number, shard in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / file, shard, dtype)
+        write_file(folder / file, shard, dtype)
         where |= {tensor.name: file for tensor in shard}
     total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
     index = {"metadata": {"total_size": total}, "weight_map": where}

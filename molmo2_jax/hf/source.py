@@ -1,4 +1,4 @@
-"""Parameters out of opened shards: any part of any of them, reading only the rows it consists of."""
+"""Reads parameters, or parts of them, from opened shards; only the rows of the part are read."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,20 +11,24 @@ import numpy as np
 from molmo2_jax.hf import shards
 from molmo2_jax.hf import weights
 
-# read(index) -> the part of a parameter that a tuple of slices asks for.
+# read(index) -> the part of a parameter selected by a tuple of slices.
 Read = Callable[[tuple[slice, ...]], np.ndarray]
-# place(path, shape, dtype, read) -> the array to put into the tree.
+# place(path, shape, dtype, read) -> the array of one parameter.
 Place = Callable[[str, tuple[int, ...], np.dtype, Read], Any]
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _STRIP = 16  # float32 values in 64 bytes
-_CHUNK = 1 << 26  # bytes that are read at a time, where what is read is not yet the result
-# The axis of ours that runs along torch's rows: a slice of it saves reading.
+_CHUNK = 1 << 26  # bytes read at a time, where they must be converted
+# The axis of our parameter that runs along torch's rows: slicing it saves reading.
 _ROW_AXIS = {"linear": 1, "merge": 2, "vector": 0, "table": 0, "convolution": 1}
 
 
 def dtype_of(name: str) -> np.dtype:
-    """Returns the numpy dtype. Raises ValueError for all but "float32" and "bfloat16"."""
+    """Returns the numpy dtype of "float32" or "bfloat16".
+
+    Raises:
+      ValueError: the name is neither.
+    """
     if name not in _DTYPES:
         raise ValueError(f"dtype must be one of {tuple(_DTYPES)}; got {name!r}")
     return _DTYPES[name]
@@ -39,7 +43,7 @@ def _layer_shape(shape: tuple[int, ...], entry: weights.Entry) -> tuple[int, ...
 
 
 def tensor_shapes(entry: weights.Entry, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Returns the shape of each tensor of an entry, by our parameters."""
+    """Returns the shape of each tensor of an entry, from the shapes of our parameters."""
     parts = [weights.torch_shape(_layer_shape(shapes[path], entry), entry.layout) for path in entry.paths]
     if len(entry.tensors) == len(parts):
         return parts
@@ -47,16 +51,16 @@ def tensor_shapes(entry: weights.Entry, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, set[int]]:
-    """Returns the rows of matrices laid one under the other, and their widths, one if they fit."""
+    """Returns the total rows of matrices, and the set of their widths, a single one if they concatenate."""
     return sum(rows for rows, _ in shapes), {width for _, width in shapes}
 
 
 def _copy(out: np.ndarray, values: np.ndarray) -> None:
-    """Fills `out`; transposed values in strips of a cache line, which is four times as fast."""
+    """Fills `out`; transposed values are copied in strips of a cache line, which is four times as fast."""
     if values.flags.c_contiguous or values.ndim < 2:
         out[...] = values
         return
-    # A split axis of a kernel, [in, heads, head_dim] or [heads, head_dim, out], is joined again.
+    # Join the split axis of a kernel, [in, heads, head_dim] or [heads, head_dim, out].
     split = next((axis for axis in range(1, values.ndim)
                   if values.strides[axis - 1] != values.strides[axis] * values.shape[axis]), 1)
     count = math.prod(values.shape[:split])
@@ -66,7 +70,7 @@ def _copy(out: np.ndarray, values: np.ndarray) -> None:
 
 
 class Source:
-    """Opened shards and which of their rows each parameter consists of."""
+    """Opened shards, and which of their rows make up each parameter."""
 
     def __init__(self, table: Iterable[weights.Entry], shapes: Mapping[str, tuple[int, ...]],
                  tensors: Mapping[str, shards.Tensor]):
@@ -80,7 +84,7 @@ class Source:
                 first += weights.rows(_layer_shape(shapes[path], entry), entry.layout)
 
     def problems(self, is_ignored: Callable[[str], bool]) -> list[str]:
-        """Returns what is missing, misshapen or left over, in words."""
+        """Returns which tensors are missing, of another shape or unused, in words."""
         missing, wrong, used = [], [], set()
         for entry in self.table:
             used.update(entry.tensors)
@@ -101,7 +105,7 @@ class Source:
             [f"unexpected {', '.join(extra)}"] if extra else [])
 
     def rows(self, entry: weights.Entry, first: int, last: int) -> np.ndarray:
-        """Returns rows first .. last - 1 of the entry's tensors laid one under the other."""
+        """Returns rows first .. last - 1 of the entry's tensors, concatenated along axis 0."""
         parts = []
         for name in entry.tensors:
             tensor = self.tensors[name]
@@ -125,7 +129,7 @@ class Source:
 
     def _fill(self, out: np.ndarray, path: str, place: tuple[weights.Entry, int],
               index: tuple[slice, ...]) -> None:
-        """Writes the part `index` of one layer's parameter into `out`, some rows after the other."""
+        """Writes the part `index` of one layer's parameter into `out`, some rows at a time."""
         entry = place[0]
         axis, tensor = _ROW_AXIS[entry.layout], self.tensors[entry.tensors[0]]
         start, stop, _ = index[axis].indices(_layer_shape(self.shapes[path], entry)[axis])
@@ -153,18 +157,37 @@ class Source:
 
 
 def onto(shardings: Mapping[str, jax.sharding.Sharding]) -> Place:
-    """Returns a `place` that puts each parameter onto its shards, reading only those of this process."""
+    """Returns a `place` that creates each parameter on its shards and reads only those of this process.
+
+    A part that several devices hold is read once.
+    """
     def place(path: str, shape: tuple[int, ...], dtype: np.dtype, read: Read) -> jax.Array:
-        return jax.make_array_from_callback(shape, shardings[path], read)
+        parts: dict[tuple, np.ndarray] = {}
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            key = tuple((one.start, one.stop) for one in index)
+            if key not in parts:
+                parts[key] = read(index)
+            return parts[key]
+
+        return jax.make_array_from_callback(shape, shardings[path], part)
     return place
 
 
-def load(source: Source, paths: Iterable[str], dtype: str, place: Place | None) -> dict[str, Any]:
-    """Returns {path: what `place` makes of it}, or numpy arrays without `place`."""
-    kind = dtype_of(dtype)
+def load(source: Source, paths: Iterable[str], dtype: str | Callable[[str], str], place: Place | None
+         ) -> dict[str, Any]:
+    """Returns {path: array}, arrays by `place`, or numpy arrays without it.
+
+    Args:
+      dtype: of all parameters, or a function of the path.
+
+    Raises:
+      ValueError: a dtype is unknown, or a file is shorter than its header says.
+    """
     flat = {}
     for path in paths:
-        read = lambda index, path=path: source.read(path, index, kind)
+        kind = dtype_of(dtype if isinstance(dtype, str) else dtype(path))
+        read = lambda index, path=path, kind=kind: source.read(path, index, kind)
         shape = source.shapes[path]
         flat[path] = (read((slice(None),) * len(shape)) if place is None
                       else place(path, shape, kind, read))

@@ -1,4 +1,4 @@
-"""Checkpoints of single towers as the start of stage 1: a Qwen3 or OLMo 3 decoder, a SigLIP2 ViT.
+"""Checkpoints of single towers, from which stage 1 starts: a Qwen3 or OLMo 3 decoder, a SigLIP2 ViT.
 
 Source: reference: scripts/prepare_pretrained_model.py.
 """
@@ -23,14 +23,14 @@ from molmo2_jax.model import molmo2
 Tower = Literal["qwen3", "olmo3", "siglip2"]
 _TOWERS: dict[str, Tower] = {"qwen3": "qwen3", "olmo3": "olmo3", "siglip": "siglip2",
                              "siglip_vision_model": "siglip2"}  # by model_type
-# Parts of a SigLIP2 checkpoint that no Molmo2 model reads.
+# Parts of a SigLIP2 checkpoint that Molmo2 does not use.
 _SIGLIP2_UNUSED = re.compile(r"text_model\.|vision_model\.(head|post_layernorm)\.|logit_(scale|bias)$")
-# Fields that follow from the shapes of tensors, which are compared.
+# Fields implied by the shapes of tensors, which are compared.
 _SIZES = frozenset("""
     hidden_size image_size intermediate_size num_hidden_layers vocab_size
     """.split())
-# Fields that cannot change a tower's activations, beside those of hf/config.py: what a text tower, a pooling
-# head or generation would read, and the longest sequence, which scales nothing by itself.
+# Fields without effect on a tower's activations, in addition to those of hf/config.py: those of a text tower,
+# a pooling head or generation, and the maximum length, which by itself scales nothing.
 _NO_EFFECT = frozenset("""
     decoder_start_token_id diversity_penalty do_sample early_stopping finetuning_task forced_bos_token_id
     forced_eos_token_id initializer_factor length_penalty max_length max_position_embeddings min_length
@@ -42,10 +42,10 @@ _SIGLIP2_LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.")
 
 
 def kind(folder: str | pathlib.Path) -> Tower:
-    """Returns which tower a checkpoint folder holds, by the model_type of its config.json.
+    """Returns the kind of tower in a checkpoint folder, by the model_type of its config.json.
 
     Raises:
-      ValueError: none that we know.
+      ValueError: the model_type is not that of a supported tower.
     """
     path = pathlib.Path(folder) / "config.json"
     found = processor.read_json(path).get("model_type")
@@ -56,14 +56,14 @@ def kind(folder: str | pathlib.Path) -> Tower:
 
 def import_tower(folder: str | pathlib.Path, tower: Tower, config: config_lib.Molmo2Config,
                  dtype: str = "float32", place: source_lib.Place | None = None) -> dict[str, Any]:
-    """Returns {path: array} of the parameters that a tower's own checkpoint gives, to start training from.
+    """Returns {path: array} of the parameters in a tower's own checkpoint, from which training starts.
 
     Args:
-      tower: "qwen3" or "olmo3" (decoder, base table, head), or "siglip2" (ViT; the layers behind
+      tower: "qwen3" or "olmo3" (decoder, base table, head), or "siglip2" (ViT; layers after
         `config.vision.num_layers` and the text tower are left out).
 
     Raises:
-      ValueError: the checkpoint is not the one `config` describes; all differences.
+      ValueError: the checkpoint is not the tower that `config` describes; the message lists all differences.
     """
     folder = pathlib.Path(folder)
     if tower not in _TOWERS.values():
@@ -86,11 +86,11 @@ def import_tower(folder: str | pathlib.Path, tower: Tower, config: config_lib.Mo
 
 
 def differences(values: Mapping[str, Any], tower: Tower, config: config_lib.Molmo2Config) -> list[str]:
-    """Returns what a tower's config.json says that our model does otherwise, in words.
+    """Returns the differences between a tower's config.json and our model, in words.
 
-    Every field must be known: compared with the model, checked by the shapes of the tensors, or without
-    effect on activations. Left out on purpose, as in the reference: OLMo 3's sliding window, and which of its
-    layers take the rope scaling, which is the model's own choice.
+    Every field must be known: compared with the model, implied by the shapes of the tensors, or without
+    effect on activations. Ignored on purpose, as in the reference: OLMo 3's sliding window, and which of its
+    layers have rope scaling, which Molmo2 chooses itself.
     """
     problems: list[str] = []
     top = hf_config.Section("", values, problems)
@@ -139,7 +139,7 @@ def _compare_text(top: hf_config.Section, tower: Tower, config: config_lib.TextC
 
 
 def _ropes(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Returns (name, values) of each description of rope; rope_parameters may have one per kind of layer."""
+    """Returns (name, values) of each description of rope; rope_parameters may have one per type of layer."""
     given = values.get("rope_parameters")
     nested = {f"rope_parameters.{name}": one for name, one in given.items()
               if isinstance(one, Mapping)} if isinstance(given, Mapping) else {}
@@ -149,7 +149,7 @@ def _ropes(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _compare_rope(rope: hf_config.Section, tower: Tower, config: config_lib.TextConfig) -> None:
-    """Notes a scaling that the model does not have, or in other layers than all of a Qwen3 decoder."""
+    """Adds a problem for scaling that the model does not have, or for a Qwen3 decoder, not in all layers."""
     rope.expect(config.rope_theta, "rope_theta")
     every = tuple(range(config.num_layers))
     chosen = config.yarn.layers if config.yarn else every
@@ -162,7 +162,7 @@ def _compare_rope(rope: hf_config.Section, tower: Tower, config: config_lib.Text
 
 def assemble(text: str | pathlib.Path, vision: str | pathlib.Path, config: config_lib.Molmo2Config, seed: int
              ) -> dict[str, Any]:
-    """Returns the parameter tree that stage 1 starts from: two towers, the rest drawn as at initialisation.
+    """Returns the parameter tree that stage 1 starts from: the two towers, and the rest initialised randomly.
 
     Raises:
       ValueError: a folder is not the tower that `config` describes.
@@ -175,7 +175,7 @@ def assemble(text: str | pathlib.Path, vision: str | pathlib.Path, config: confi
     model = molmo2.Molmo2(config)
 
     @jax.jit
-    def rest(key):  # what is drawn for the towers is unused, so it is never computed
+    def rest(key):  # the compiler drops the unused draws for the towers
         drawn = weights.flatten(state.init_params(model, key))
         return {path: value for path, value in drawn.items() if path not in flat}
 

@@ -1,7 +1,7 @@
-"""Whether a folder is what other programs expect of a Molmo2 checkpoint, check by check.
+"""Checks that a folder is a Molmo2 checkpoint that other programs can read.
 
-Here from the files alone: names, shapes and dtypes of tensors, fields of every JSON file, token ids. With
-transformers installed, what it makes of the folder is compared with ours too, in compare.py.
+From the files alone: names, shapes and dtypes of tensors, fields of every JSON file, token ids. If
+transformers is installed, compare.py also compares how it reads the folder with how we do.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from molmo2_jax import config as config_lib
 from molmo2_jax.hf import checkpoint
 from molmo2_jax.hf import compare
+from molmo2_jax.hf import compare_pointer
 from molmo2_jax.hf import config as hf_config
 from molmo2_jax.hf import processor
 from molmo2_jax.hf import remote_code
@@ -25,8 +26,8 @@ from molmo2_jax.inputs import tokenizer as tokenizers
 
 FILES = ("config.json", "generation_config.json", processor.IMAGE_FILE, processor.VIDEO_FILE,
          processor.PROCESSOR_FILE, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-# What the released remote code and vLLM read. Their own defaults are those of other models, so each field
-# must be there, if only as null.
+# Fields that the released remote code and vLLM read. Their defaults are those of other models, so each field
+# must be present, if only as null.
 FIELDS = {
     "config.json": {
         "": "model_type architectures use_frame_special_tokens use_cache tie_word_embeddings "
@@ -48,10 +49,24 @@ FIELDS = {
                                    "use_single_crop_start_token video_use_col_tokens "
                                    "use_frame_special_tokens"},
 }
+_OF_POINTER = set(hf_config.POINTER_TOKEN_FIELDS) | set(hf_config.POINTER_FIELDS) | {
+    "low_res_image_start_token_id", "patch_embed_dim", "token_prediction_rotary_theta"}
+
+
+def _fields_of(file: str, section: str, has_pointer: bool) -> list[str]:
+    """Returns the fields that readers need, which are others for a model with a pointer."""
+    fields = FIELDS[file][section].split()
+    if not has_pointer:
+        return fields
+    if (file, section) == ("config.json", ""):
+        return [field for field in fields if field not in hf_config.TOKEN_FIELDS] + sorted(_OF_POINTER)
+    more = {("config.json", "adapter_config"): ["positional_embeddings", "attention_pooling_out_layer"],
+            (processor.PROCESSOR_FILE, ""): ["use_low_res_token_for_global_crops"]}
+    return fields + more.get((file, section), [])
 
 
 class Original(NamedTuple):
-    """What a folder was made from."""
+    """The model that a folder was exported from."""
     params: Mapping[str, Any]
     config: config_lib.Molmo2Config
     inputs: config_lib.InputConfig
@@ -63,9 +78,9 @@ def verify(folder: str | pathlib.Path, original: Original | None = None, with_lo
     """Returns all checks of a folder; it passes if none has the status FAIL.
 
     Args:
-      original: parameters, configs and tokenizer must be these, parameters after rounding to the folder's
-        dtype bit for bit.
-      with_logits: compare with transformers, which takes the memory of the model in float32.
+      original: configs and tokenizer must equal these, and parameters, after rounding to the folder's dtype,
+        bit for bit.
+      with_logits: compare with transformers, which needs memory for the model in float32.
       is_vllm, logits_to: see compare.with_transformers.
     """
     folder, report = pathlib.Path(folder), compare.Report()
@@ -79,9 +94,11 @@ def verify(folder: str | pathlib.Path, original: Original | None = None, with_lo
     if original is not None:
         report.run("same as the original", _compare, folder, original, dtype, tokenizer)
     if not with_logits:
-        report.skip("transformers", "not asked for")
+        report.skip("transformers", "not requested")
     elif not all(map(importlib.util.find_spec, ("torch", "transformers"))):
         report.skip("transformers", "torch and transformers are not installed")
+    elif opened and opened.config.pointer is not None:
+        compare_pointer.with_transformers(report, folder, opened, tokenizer)
     else:
         compare.with_transformers(report, folder, opened, tokenizer, is_vllm, logits_to)
     return report.checks
@@ -99,7 +116,7 @@ def _check_files(folder: pathlib.Path) -> str:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
-    return f"{len(FILES)} files beside the weights"
+    return f"{len(FILES)} files besides the weights"
 
 
 def _read_configs(folder: pathlib.Path) -> tuple[config_lib.Molmo2Config, str]:
@@ -111,29 +128,32 @@ def _read_configs(folder: pathlib.Path) -> tuple[config_lib.Molmo2Config, str]:
 
 def _check_fields(folder: pathlib.Path) -> str:
     problems, count = [], 0
+    has_pointer = (folder / "config.json").is_file() and processor.read_json(
+        folder / "config.json").get("model_type") == "molmo_point"
     for file, sections in FIELDS.items():
         if not (folder / file).is_file():
             problems.append(f"{file} is missing")
             continue
         values = processor.read_json(folder / file)
-        for section, fields in sections.items():
-            part = values.get(section) if section else values
-            absent = [field for field in fields.split() if field not in (part or {})]
-            count += len(fields.split())
+        for section in sections:
+            part, fields = values.get(section) if section else values, _fields_of(file, section, has_pointer)
+            absent = [field for field in fields if field not in (part or {})]
+            count += len(fields)
             if absent:
                 problems.append(f"{' '.join(filter(None, (file, section)))} lacks {', '.join(absent)}")
     values = processor.read_json(folder / "config.json")
     wanted = processor.uses_frame_tokens(folder)
     if values.get("use_frame_special_tokens") is not wanted:
         problems.append(f"use_frame_special_tokens must be {str(wanted).lower()} as in "
-                        f"{processor.PROCESSOR_FILE}, or the remote code counts no videos")
+                        f"{processor.PROCESSOR_FILE}, or the remote code finds no videos")
     if values.get("tie_word_embeddings"):
-        problems.append("tie_word_embeddings must be false: the two tables of the embedding are no head")
+        problems.append("tie_word_embeddings must be false: the head has only the rows of the base table")
     for name in ("vit_config", "adapter_config", "text_config"):
         part = values.get(name) or {}
         width, heads = part.get("hidden_size", 0), part.get("num_attention_heads", 1)
         if width % heads:
-            problems.append(f"vLLM divides hidden_size {width} of {name} by {heads} heads")
+            problems.append(f"hidden_size of {name} must be a multiple of its {heads} heads for vLLM, "
+                            f"got {width}")
     if problems:
         raise ValueError("; ".join(problems))
     return f"{count} fields"
@@ -143,13 +163,13 @@ def _open(folder: pathlib.Path, config: config_lib.Molmo2Config) -> tuple[checkp
     opened = checkpoint.open_checkpoint(folder)
     tensors = opened.source.tensors
     if opened.spelling != "legacy":
-        raise ValueError("tensors must have the released names, others than transformers read no other; got "
+        raise ValueError("tensors must have the released names, since only transformers reads others; got "
                          f"{min(tensors)}, ...")
     table = tensors[weights.EMBEDDING.legacy[0]].shape
-    if table[0] != config.text.vocab_size:  # what transformers' save_pretrained makes of it
+    if table[0] != config.text.vocab_size:  # as transformers' save_pretrained writes it
         raise ValueError(f"{weights.EMBEDDING.legacy[0]} must have the {config.text.vocab_size} rows of the "
                          f"base vocabulary; got {table[0]}")
-    if weights.HEAD.legacy[0] not in tensors:
+    if config.pointer is None and weights.HEAD.legacy[0] not in tensors:
         raise ValueError(f"missing {weights.HEAD.legacy[0]}: a tied head is stored too")
     files = {tensor.path for tensor in tensors.values()}
     size = sum(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in tensors.values())
@@ -182,8 +202,11 @@ def _check_token_ids(folder: pathlib.Path, config: config_lib.Molmo2Config
               for token in processor.read_json(folder / "tokenizer.json").get("added_tokens", [])}
     settings = processor.read_json(folder / "tokenizer_config.json")
     generation = processor.read_json(folder / "generation_config.json")
-    problems = [f"{text} must have id {config.special_id(text)}, tokenizer.json has {stored.get(text)}"
-                for text in config_lib.SPECIAL_TOKENS if stored.get(text) != config.special_id(text)]
+    wanted_ids = {text: config.special_id(text) for text in config_lib.SPECIAL_TOKENS}
+    if config.pointer is not None:
+        wanted_ids |= processor.choice_ids(config)
+    problems = [f"{text} must have id {number}, tokenizer.json has {stored.get(text)}"
+                for text, number in wanted_ids.items() if stored.get(text) != number][:5]
     if settings.get("padding_side") != "left":
         problems.append(f"padding_side must be 'left', got {settings.get('padding_side')!r}")
     for name, wanted in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):

@@ -1,16 +1,17 @@
-"""Which Hugging Face tensor holds which of our parameters: one table, read forwards and backwards.
+"""Which Hugging Face tensor holds which of our parameters: one table for import and export.
 
-A rule says that some of our parameters, turned into torch's layout and laid one under the other, hold the
-same rows as some tensors laid one under the other. So `[q, k, v]` against one fused tensor, one against
-one, and two embedding tables against one joint table are the same statement. Names come in spellings:
+A rule says that some of our parameters, in torch's layout and concatenated along axis 0, equal some tensors
+concatenated along axis 0. So one form covers `[q, k, v]` against one fused tensor, one against one, and two
+embedding tables against one joint table. Names have several spellings:
 
-    legacy   the released checkpoints, the remote code and vLLM; what we write
+    legacy   the released checkpoints, the remote code and vLLM; the one we write
     native   transformers' own `molmo2` model, `save_pretrained(save_original_format=False)`
 
-and, for a single tower as the start of a training, "qwen3", "olmo3" and "siglip2".
+and "qwen3", "olmo3" and "siglip2" for single towers from which training starts. Released models with a
+pointer (MolmoPoint) have some other names than those without, and more tensors; no native spelling exists.
 
-Source: reference: olmo/hf_model/convert_molmo2_to_hf.py, scripts/prepare_pretrained_model.py;
-transformers: conversion_mapping.py.
+Source: reference: olmo/hf_model/convert_molmo2_to_hf.py, convert_molmo_point_to_hf.py,
+scripts/prepare_pretrained_model.py; transformers: conversion_mapping.py.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from molmo2_jax import state
 from molmo2_jax.model import molmo2
 
 # linear: [in, *out] against [out, in]. merge: [heads, head_dim, out] against [out, in]. vector: flattened.
-# table: as it is. convolution: [rows x columns x colours, out] against [out, colours, rows, columns].
+# table: unchanged. convolution: [rows x columns x colours, out] against [out, colours, rows, columns].
 Layout = Literal["linear", "merge", "vector", "table", "convolution"]
 Spelling = Literal["legacy", "native", "qwen3", "olmo3", "siglip2"]
 
@@ -37,8 +38,8 @@ Spelling = Literal["legacy", "native", "qwen3", "olmo3", "siglip2"]
 class Rule:
     """Parameters (paths from the root of the tree) and the tensors with the same rows.
 
-    `tower` names the stack whose layer number stands for "{}" in the names; our parameters of a stack
-    hold all its layers along axis 0.
+    `tower` names the stack whose layer number replaces "{}" in the names; our parameters of a stack hold all
+    its layers along axis 0.
     """
     ours: tuple[str, ...]
     legacy: tuple[str, ...]
@@ -49,7 +50,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A rule at one layer: `paths` (at index `layer` of their stack) hold the rows of `tensors`."""
+    """A rule for one layer: `paths`, at index `layer` of their stack, hold the rows of `tensors`."""
     paths: tuple[str, ...]
     tensors: tuple[str, ...]
     layout: Layout
@@ -57,14 +58,14 @@ class Entry:
 
 
 def _text(ours: str, legacy: str, native: str, layout: Layout) -> Rule:
-    """A rule of a decoder layer; several names are separated by spaces."""
+    """Returns a rule of a decoder layer; several names are separated by spaces."""
     return Rule(tuple(f"text/layers/{x}" for x in ours.split()),
                 tuple(f"model.transformer.blocks.{{}}.{x}.weight" for x in legacy.split()),
                 tuple(f"model.language_model.layers.{{}}.{x}.weight" for x in native.split()), layout, "text")
 
 
 def _vision(ours: str, legacy: str, native: str, layout: Layout) -> list[Rule]:
-    """The weight and the bias of a ViT layer's linear or norm."""
+    """Returns the rules for the weight and the bias of a ViT layer's linear or norm."""
     weight = "scale" if layout == "vector" else "kernel"
     return [Rule((f"vision/layers/{ours}/{mine}",),
                  (f"model.vision_backbone.image_vit.transformer.resblocks.{{}}.{legacy}.{theirs}",),
@@ -123,9 +124,27 @@ VISION_LAYER = (
 )
 CONNECTOR = (*_pooling("q", "linear"), *_pooling("k", "linear"), *_pooling("v", "linear"),
              *_pooling("o", "merge"), _project("gate", "w1"), _project("up", "w3"), _project("down", "w2"))
-RULES = (EMBEDDING, *TEXT_LAYER, FINAL_NORM, HEAD, *PATCH, *VISION_LAYER, *CONNECTOR)
 
-# OLMo 3 names its norms by where they stand; ours and the native model's act in the same two places.
+
+def _linear(ours: str, legacy: str) -> list[Rule]:
+    return [Rule((f"pointer/{ours}/{mine}",), (f"model.{legacy}.{theirs}",), (), layout)
+            for mine, theirs, layout in (("kernel", "weight", "linear"), ("bias", "bias", "vector"))]
+
+
+NEW_HEAD = Rule(("new_head",), ("lm_head.new_output_embeddings",), (), "linear")
+POINTER = (Rule(("pointer/norm/scale",), ("model.point_predictor.x_norm.weight",), (), "vector"),
+           *_linear("patch_q", "point_predictor.patch_q"), *_linear("patch_k", "point_predictor.patch_k"),
+           *_linear("sub_q", "point_predictor.subpatch_q"), *_linear("sub_k", "point_predictor.subpatch_k"),
+           *_linear("location", "point_predictor.subpatch_loc_k"),
+           Rule(("pointer/no_more",), ("model.point_predictor.add_no_point_class_embed.vector",), (),
+                "vector"),
+           *_linear("embed_sub", "build_vit_embedding"))
+# How names of released models without a pointer begin, and those with one.
+_POINTER_NAMES = (("model.vision_backbone.image_vit.", "model.vit."),
+                  ("model.vision_backbone.", "model.connector."),
+                  ("lm_head.weight", "lm_head.output_embeddings"))
+
+# OLMo 3 names its norms by their position; the native model's names, and ours, are the same for both orders.
 _OLMO3_NORMS = {"input_layernorm": "post_attention_layernorm",
                 "post_attention_layernorm": "post_feedforward_layernorm"}
 _SIGLIP2_NAMES = (("model.vision_tower.layers", "vision_model.encoder.layers"),
@@ -136,11 +155,11 @@ _SIGLIP2_NAMES = (("model.vision_tower.layers", "vision_model.encoder.layers"),
 
 
 def _respell(rule: Rule, spelling: Spelling) -> Rule | None:
-    """Returns the rule with a tower's own names as `native`, None if it is not part of that tower."""
+    """Returns the rule with a tower's own names as `native`; None if it is not part of that tower."""
     if spelling in ("legacy", "native"):
         return rule
     is_vision = rule in PATCH or rule in VISION_LAYER
-    if is_vision != (spelling == "siglip2") or rule in CONNECTOR:
+    if is_vision != (spelling == "siglip2") or rule in (*CONNECTOR, NEW_HEAD, *POINTER):
         return None
     if rule is EMBEDDING:
         return dataclasses.replace(rule, ours=rule.ours[:1], native=("model.embed_tokens.weight",))
@@ -160,25 +179,50 @@ def _respell(rule: Rule, spelling: Spelling) -> Rule | None:
                                layout="convolution" if patch else rule.layout)
 
 
+def head_names(config: config_lib.Molmo2Config) -> tuple[str, ...]:
+    """Returns the tensors of the head in the legacy spelling; with a pointer, of both heads."""
+    return HEAD.legacy if config.pointer is None else (*map(_with_pointer, HEAD.legacy), *NEW_HEAD.legacy)
+
+
+def _with_pointer(name: str) -> str:
+    """Returns the legacy name of a tensor in a model with a pointer, from that in one without."""
+    old, new = next((pair for pair in _POINTER_NAMES if name.startswith(pair[0])), ("", ""))
+    return new + name.removeprefix(old)
+
+
 def entries(config: config_lib.Molmo2Config, spelling: Spelling) -> Iterator[Entry]:
     """Yields the table for a model, layer by layer, each parameter and each tensor once.
 
-    A tied head is an entry of its own that names the base table once more. ViT layers behind the last tap
-    have parameters but no entry in the legacy spelling: its readers do not create them.
+    A tied head is a separate entry that names the table again. ViT layers after the last tap have
+    parameters but no entry in the legacy spelling, whose readers do not create them.
+
+    Raises:
+      ValueError: a model with a pointer has no native spelling.
     """
+    has_pointer = config.pointer is not None
+    if has_pointer and spelling == "native":
+        raise ValueError("transformers has no model that points by choosing visual tokens; "
+                         f"got {config.pointer}")
     depth = {"text": config.text.num_layers, "vision": config.vision.num_layers}
     if spelling == "legacy":
         depth["vision"] = max(config.connector.taps) + 1
-    for group in ((EMBEDDING,), TEXT_LAYER, (FINAL_NORM, HEAD, *PATCH), VISION_LAYER, CONNECTOR):
+    heads = (HEAD, NEW_HEAD) if has_pointer else (HEAD,)
+    connector = [rule for rule in CONNECTOR
+                 if config.connector.has_output or not rule.ours[0].startswith("connector/pool/o/")]
+    for group in ((EMBEDDING,), TEXT_LAYER, (FINAL_NORM, *heads, *PATCH), VISION_LAYER, connector,
+                  POINTER if has_pointer else ()):
         rules = [respelt for rule in group if (respelt := _respell(rule, spelling))]
-        for layer in range(depth[group[0].tower]) if group[0].tower else (None,):
+        for layer in range(depth[group[0].tower]) if group and group[0].tower else (None,):
             for rule in rules:
                 paths, layout = rule.ours, rule.layout
-                if rule.ours == HEAD.ours and config.text.tied_head:
+                if rule.ours in (HEAD.ours, NEW_HEAD.ours) and config.text.tied_head:
                     if spelling in ("qwen3", "olmo3"):
                         continue  # a tied checkpoint of a decoder has no head
-                    paths, layout = ("base_embedding",), "table"
+                    table = "base_embedding" if rule.ours == HEAD.ours else "new_embedding"
+                    paths, layout = (table,), "table"
                 names = rule.legacy if spelling == "legacy" else rule.native
+                if has_pointer and spelling == "legacy":
+                    names = tuple(map(_with_pointer, names))
                 yield Entry(paths, tuple(name.format(layer) for name in names), layout, layer)
 
 
@@ -190,14 +234,14 @@ def _boxed_params(config: config_lib.Molmo2Config) -> dict[str, Any]:
 def abstract_params(config: config_lib.Molmo2Config, boxed: bool = False) -> dict[str, Any]:
     """Returns {path: jax.ShapeDtypeStruct} of the model's parameters; nothing is computed.
 
-    With `boxed`, values are flax's boxes around them, whose `names` are the logical axes.
+    With `boxed`, each is in a flax box, whose `names` are the logical axes.
     """
     tree = _boxed_params(config)
     return traverse_util.flatten_dict(tree, sep="/") if boxed else flatten(tree)
 
 
 def rows(shape: tuple[int, ...], layout: Layout) -> int:
-    """Returns how many rows of torch's layout a parameter of `shape` (one layer) takes."""
+    """Returns the number of rows of a parameter of `shape` (one layer) in torch's layout."""
     if layout in ("linear", "convolution"):
         return math.prod(shape[1:])
     return {"merge": shape[-1], "vector": math.prod(shape), "table": shape[0]}[layout]
@@ -213,7 +257,7 @@ def torch_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
 
 
 def to_torch(x, layout: Layout) -> np.ndarray:
-    """Returns one layer's parameter as torch stores it."""
+    """Returns one layer's parameter in torch's layout."""
     x = np.asarray(x)
     shape = torch_shape(x.shape, layout)
     if layout == "convolution":

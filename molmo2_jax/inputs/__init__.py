@@ -1,1 +1,1 @@
-"""What enters the model: media and text to arrays, in numpy and PyAV only."""
+"""Model inputs: media and text to arrays, in numpy and PyAV only."""

@@ -1,8 +1,8 @@
 """Multiple-choice questions as text, both directions.
 
-Evaluation always sees one layout; training mostly sees random ones. The probabilities are the reference's
-(olmo/preprocessing/multiple_choice_templates.py), the wording is ours. One deliberate difference: a question
-whose answer is to be the bare identifier always says so.
+Evaluation always uses one layout; training mostly uses random ones. The probabilities are the reference's
+(olmo/preprocessing/multiple_choice_templates.py), the wording is our own. One deliberate difference: a
+question to be answered with the bare identifier always says so.
 """
 
 import re
@@ -30,7 +30,7 @@ _UNUSUAL_MARKERS = ("{} - ", "{}- ", "[{}] ", "<{}> ", "{}> ", "{} | ", "{} = ",
 _BULLETS = ("- ", "* ", "• ")
 _SEPARATORS = (";", " |||", "")
 
-# {q} question, {o} options, {k} what the identifiers are called
+# {q} question, {o} options, {k} the word for the identifiers
 _WITH_INSTRUCTION = (
     "{q}\n{o}\nAnswer with one of the options.", "{q}\nChoose the right option.\n{o}",
     "Pick the option that answers the question.\n{q}\n{o}", "{q}\n{o}\nWhich option is right?",
@@ -56,8 +56,8 @@ _PLAIN = (
 class Shown(NamedTuple):
     """A question as the model sees it.
 
-    lines: each option exactly as shown (without bullet), which is how it is answered unless label_only.
-    names: the identifier of each option, or its text where options carry none.
+    lines: each option exactly as shown, without its bullet; this is the answer unless label_only.
+    names: the identifier of each option, or its text if the options have no identifiers.
     """
     prompt: str
     lines: tuple[str, ...]
@@ -65,7 +65,7 @@ class Shown(NamedTuple):
     label_only: bool = False
 
     def answer(self, number: int) -> str:
-        """Returns the text the model should answer for option `number`, from 0."""
+        """Returns the answer text for option `number`, counted from 0."""
         return self.names[number] if self.label_only else self.lines[number]
 
 
@@ -81,7 +81,7 @@ def format_evaluation(question: str, options: Sequence[str], *, is_labelled: boo
     """Returns the question with options one per line, as "A. text", or bare with is_labelled=False.
 
     Raises:
-      ValueError: no question, fewer than two options, or more than 26 labelled ones.
+      ValueError: there is no question, fewer than two options, or more than 26 labelled options.
     """
     _check(question, options)
     names = _identifiers("A", len(options)) if is_labelled else tuple(options)
@@ -94,8 +94,8 @@ def format_training(question: str, options: Sequence[str], answer: int, rng: Rng
                     is_labelled: bool = True) -> Shown:
     """Returns the question in a random layout; its right answer is `.answer(answer)`.
 
-    Every choice is drawn from `rng`, so the layout is a function of it. is_labelled=False: the options
-    must be shown without identifiers, for instance because the picture has its own.
+    Every choice is drawn from `rng`, so the layout depends on its state alone. Use is_labelled=False if the
+    options must not get identifiers, for example because the image already has its own.
 
     Raises:
       ValueError: as format_evaluation, or `answer` is not an option.
@@ -124,7 +124,7 @@ def format_training(question: str, options: Sequence[str], answer: int, rng: Rng
         listed = "\n".join(bullet + line for line in lines)
     layouts = _LABEL_ONLY if label_only else _WITH_INSTRUCTION if has_instruction else _PLAIN
     layout = _draw(layouts, rng)
-    # one pass, so that braces in the texts stay as they are
+    # A single pass leaves braces inside the texts unchanged.
     texts = {"q": question, "o": listed, "k": kind}
     prompt = re.sub(r"\{([qok])\}", lambda hole: texts[hole.group(1)], layout)
     return Shown(prompt, lines, names, label_only)
@@ -135,7 +135,7 @@ def _draw(items, rng: Rng):
 
 
 def _usable_separators(marker: str, options: Sequence[str]) -> list[str]:
-    """Returns the separators that cannot be mistaken for a part of the options; "" only with labels."""
+    """Returns the separators that occur in no option; "" only if the options are labelled."""
     texts = [marker, *options]
     return [separator for separator in _SEPARATORS
             if (separator and not any(separator.strip() in text for text in texts))
@@ -143,7 +143,7 @@ def _usable_separators(marker: str, options: Sequence[str]) -> list[str]:
 
 
 def _identifiers(first: str, count: int) -> tuple[str, ...]:
-    """Returns A B C ..., a b c ..., 1 2 3 ... or i ii iii ..., by their first."""
+    """Returns A B C ..., a b c ..., 1 2 3 ... or i ii iii ..., selected by the first of them."""
     if first == "1":
         return tuple(str(number + 1) for number in range(count))
     if first == "i":
@@ -169,7 +169,7 @@ def _kind(first: str, rng: Rng) -> str:
 
 
 def answer_part(text: str) -> str:
-    """Returns what is judged of a longer answer: behind the first "Answer:", else the most frequent line.
+    """Returns the part of a longer answer to score: after the first "Answer:", else its most frequent line.
 
     Source: paper's evaluation of image questions; reference: olmo/eval.
     """
@@ -178,15 +178,15 @@ def answer_part(text: str) -> str:
         return text.split("Answer:", 1)[1].strip()
     lines = text.split("\n")
     if len(lines) > 1:
-        return max(lines, key=lines.count)  # the first among equals
+        return max(lines, key=lines.count)  # ties: the first
     return " ".join(text.split())
 
 
 def read_choice(text: str, shown: Shown, options: Sequence[str] | None = None) -> int | None:
-    """Returns the number of the option that an answer means, or None if it means none or several.
+    """Returns the index of the option that an answer names, or None if it names none or several.
 
     An answer may be the line as shown, its identifier, (with `options`) its text, or a sentence that mentions
-    one identifier. Unlike `match_option` nothing is guessed: an answer that cannot be read is wrong.
+    exactly one identifier. Unlike `match_option` it never guesses: an unreadable answer counts as wrong.
     """
     text = answer_part(text)
     for texts in (shown.lines, shown.names, options or ()):
@@ -202,20 +202,20 @@ def read_choice(text: str, shown: Shown, options: Sequence[str] | None = None) -
     return None if is_word and not _mentions(text, name, r"\s*(?:[^\w\s]|$)") else mentioned[0]
 
 
-def _mentions(text: str, name: str, behind: str = r"(?!\w)") -> bool:
-    return bool(name.strip()) and bool(re.search(rf"(?<!\w){re.escape(name)}{behind}", text))
+def _mentions(text: str, name: str, after: str = r"(?!\w)") -> bool:
+    return bool(name.strip()) and bool(re.search(rf"(?<!\w){re.escape(name)}{after}", text))
 
 
 def _without_dots_and_spaces(text: str) -> str:
-    """Returns the text in lower case with single spaces, without dots and spaces at its end."""
+    """Returns the text in lower case with single spaces and no trailing full stops or spaces."""
     return " ".join(text.lower().split()).rstrip(". ")
 
 
 def match_option(text: str, names: Sequence[str]) -> int:
-    """Returns the option whose name fits an answer best; always guesses (the reference's rule).
+    """Returns the option whose name best matches an answer; always guesses (the reference's rule).
 
-    In order: equal; the only name the text starts with; the only name starting with the text; the only name
-    containing it; the smallest edit distance, the first among equals.
+    In order of preference: an equal name; the only name that the text starts with; the only name that starts
+    with the text; the only name that contains it; the first name with the smallest edit distance.
     """
     text, names = text.lower(), [name.lower() for name in names]
     if text in names:
@@ -224,11 +224,11 @@ def match_option(text: str, names: Sequence[str]) -> int:
         fitting = [number for number, name in enumerate(names) if fits(name)]
         if len(fitting) == 1:
             return fitting[0]
-    distances = [_edit_distance(text, name) for name in names]
+    distances = [edit_distance(text, name) for name in names]
     return distances.index(min(distances))
 
 
-def _edit_distance(first: str, second: str) -> int:
+def edit_distance(first: str, second: str) -> int:
     """Returns the number of insertions, deletions and replacements that turn one text into the other."""
     previous = list(range(len(second) + 1))
     for row, one in enumerate(first, 1):

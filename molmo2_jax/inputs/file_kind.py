@@ -1,6 +1,6 @@
-"""What a file is that is not what its name says: a Git LFS pointer, a page of HTML, a pickle, nothing at all.
+"""Identifies files that are not what their name says: Git LFS pointers, HTML pages, pickles, empty files.
 
-Clones without Git LFS, downloads that ended early or were answered with a page, and renames leave these.
+They result from clones without Git LFS, failed downloads and renamed files.
 """
 
 import os
@@ -21,12 +21,15 @@ _SHOWN = 40  # characters of a text
 
 
 def describe(path: str | os.PathLike, *, is_binary: bool = False) -> str:
-    """Returns what a file that cannot be read probably is, and the remedy; "" if its first bytes do not say.
+    """Returns what an unreadable file probably is, and the remedy; "" if its first bytes do not show it.
 
     Args:
-      is_binary: the file should not be text, so that any text is named as such.
+      is_binary: the file should not be text, so any text is reported.
+
+    Raises:
+      OSError: the file cannot be opened.
     """
-    with open(path, "rb") as file:
+    with (path.open("rb") if hasattr(path, "open") else open(path, "rb")) as file:  # it may be in a bucket
         start = file.read(512)
     for known, what in _STARTS:
         if start.startswith(known):

@@ -1,4 +1,4 @@
-"""Turns decoded frames upright as FFmpeg's players do.
+"""Turns decoded frames upright, as FFmpeg's players do.
 
 Source: FFmpeg, fftools/ffmpeg_filter.c (autorotate) and libavutil/display.c.
 """
@@ -14,7 +14,7 @@ from av.filter import Graph
 from av.sidedata import sidedata
 from av.video.reformatter import VideoReformatter
 
-# Building swscale's tables costs as much as decoding a small clip; they are kept while the format stays.
+# Building swscale's tables costs as much as decoding a small clip, so they are kept until the format changes.
 _converters = threading.local()
 
 
@@ -22,9 +22,9 @@ Matrix = tuple[int, ...]       # nine fixed-point numbers, by rows
 
 
 def upright_rgb(frame: av.VideoFrame, matrix: Matrix | None) -> np.ndarray:
-    """Returns uint8[H, W, 3], turned and mirrored by a display matrix.
+    """Returns uint8[H, W, 3], rotated and mirrored as the display matrix says.
 
-    An angle that is not a multiple of 90 degrees keeps the size; what it uncovers is black.
+    A rotation by other than a multiple of 90 degrees keeps the size; uncovered corners are black.
     """
     if matrix is None:
         return _rgb(frame)
@@ -42,9 +42,9 @@ def upright_rgb(frame: av.VideoFrame, matrix: Matrix | None) -> np.ndarray:
 
 
 def clockwise_degrees(matrix: Matrix) -> int:
-    """Returns the rotation of a 3 x 3 display matrix in whole degrees, 0 .. 359; 0 of one without an area.
+    """Returns the rotation of a 3 x 3 display matrix in whole degrees, 0 .. 359; 0 for a singular one.
 
-    A mirrored matrix has the angle of its first row alone: its mirroring is told apart by other signs.
+    For a mirrored matrix it is the angle of the first row; other signs show the mirroring.
     """
     across, down = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])
     if not across or not down:
@@ -56,7 +56,7 @@ def clockwise_degrees(matrix: Matrix) -> int:
 def display_matrix(frame: av.VideoFrame) -> Matrix | None:
     """Returns the display matrix of a frame, or None.
 
-    The first matrix counts. FFmpeg puts the container's before that of the stream's own messages.
+    The first matrix is used. FFmpeg puts the container's before the one of messages in the stream.
     """
     listed = sidedata.SideDataContainer.__new__(sidedata.SideDataContainer)
     with contextlib.suppress(ValueError):  # PyAV stops listing at a type unknown to it, such as EXIF
@@ -65,7 +65,7 @@ def display_matrix(frame: av.VideoFrame) -> Matrix | None:
         with contextlib.suppress(ValueError):
             if data.type == sidedata.Type.DISPLAYMATRIX:
                 return tuple(np.frombuffer(data, np.int32, 9).tolist())
-    if frame.rotation:  # a matrix after such a type: its rotation at least is known
+    if frame.rotation:  # a matrix listed after such a type: only its rotation is known
         angle = math.radians(-frame.rotation)
         cos, sin = (round(65536 * value) for value in (math.cos(angle), math.sin(angle)))
         return cos, sin, 0, -sin, cos, 0, 0, 0, 1 << 30

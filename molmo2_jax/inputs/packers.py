@@ -1,7 +1,7 @@
-"""Which sequences share a row: an on-line choice under a budget of tokens and one of crops.
+"""Online packing: chooses which sequences share a row, within a budget of tokens and one of crops.
 
-Sequences wait in a small buffer; once it is full, every new one lets a rule choose a row among those
-waiting. There are two rules: `OldestFirst`, the default, and `Knapsack`, the reference's
+Sequences wait in a small buffer. Once it is full, each new sequence triggers a rule that chooses a row from
+those waiting. There are two rules: `OldestFirst`, the default, and `Knapsack`, the reference's
 (olmo/data/dynamic_packer.py). Both count tokens in steps, rounded up.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from molmo2_jax import config
 from molmo2_jax import types
 
-_WIDENING = 1.5  # of the tolerances, where no good row was found
+_WIDENING = 1.5  # factor on the tolerances when no good row is found
 
 Pack = list[tuple[types.Sequence, Any]]
 
@@ -27,7 +27,7 @@ def knapsack(tokens: Listing[int], crops: Listing[int], values: Listing[float], 
              max_crops: int) -> list[int]:
     """Returns the item numbers, descending, with the largest total value within both capacities.
 
-    Exact 0/1 dynamic programme in float32; of equally good choices, one without the later items.
+    Exact 0/1 dynamic programme in float32; ties are resolved in favour of earlier items.
     """
     best = np.zeros((max_tokens + 1, max_crops + 1), np.float32)
     is_taken = np.zeros((len(values), max_tokens + 1, max_crops + 1), bool)
@@ -48,11 +48,11 @@ def knapsack(tokens: Listing[int], crops: Listing[int], values: Listing[float], 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Knapsack:
-    """The reference's rule: the row of greatest value, exactly. Some sequences may wait for ever.
+    """The reference's rule: exactly the row of greatest value. Some sequences may wait forever.
 
     buffer: sequences that wait before the first row is chosen.
-    text_weight, image_weight: value of a token and of a crop. Lets 128-frame videos find partners.
-    emit_full_crops_alone: a sequence that fills the crop budget does not wait (off in all recipes).
+    text_weight, image_weight: values of a token and of a crop. They help 128-frame videos find partners.
+    emit_full_crops_alone: a sequence that fills the crop budget is emitted at once (off in all recipes).
     """
     buffer: int = 48
     text_weight: float = 1.0
@@ -85,19 +85,20 @@ class Knapsack:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OldestFirst:
-    """Makes a row of the longest waiting sequences that fill it almost, whatever they are.
+    """Fills a row almost completely with the sequences that have waited longest.
 
-    The set of all (tokens, crops) that rows can come to grows by one sequence at a time, oldest first, until
-    it holds a good one. Good is: of the budget that is scarcer among those waiting, at most `waste` is left;
-    of the other one about the share that those waiting need, so that what is left stays fit for more rows.
-    Both tolerances widen with every eight sequences that were looked at. A sequence that has waited
-    `max_wait` rows is in the next one, so none waits longer than max_wait + buffer rows.
+    The set of reachable (tokens, crops) totals grows by one sequence at a time, oldest first, until it
+    contains a good row. A good row leaves at most `waste` of the budget that is scarcer among the waiting
+    sequences, and uses about as much of the other budget as they need on average, so that the sequences left
+    can fill further rows. Both tolerances widen after every eight sequences examined. A sequence that has
+    waited `max_wait` rows is in the next row, so none waits longer than max_wait + buffer rows.
 
-    The set is one Python integer with a bit for each pair of remaining budgets: that makes this fast.
+    For speed, the set is one Python integer with one bit per pair of remaining budgets.
 
-    buffer: sequences that wait before the first row is chosen; more as long as all of them together fit one
-      row, so that short texts fill rows too. waste, slack: shares of a budget.
-    steps: resolution of tokens.
+    buffer: sequences that wait before the first row is chosen; more while all of them fit one row, so that
+      short texts fill rows too.
+    waste, slack: shares of a budget.
+    steps: resolution of the token budget.
     """
     buffer: int = 80
     max_wait: int = 96
@@ -109,7 +110,7 @@ class OldestFirst:
         config.require(self.buffer >= 1, "buffer must be >= 1 sequence", self.buffer)
         config.require(self.max_wait >= 0, "max_wait must be >= 0 rows", self.max_wait)
         config.require(0 < self.waste <= 1 and 0 <= self.slack <= 1,
-                       "waste must lie in (0, 1] and slack in [0, 1]", (self.waste, self.slack))
+                       "waste must be in (0, 1] and slack in [0, 1]", (self.waste, self.slack))
         config.require(self.steps >= 1, "steps must be >= 1", self.steps)
 
     def stands_alone(self, tokens: int, crops: int, max_tokens: int, max_crops: int) -> bool:
@@ -146,7 +147,7 @@ class OldestFirst:
         for start in range(0, len(costs), 8):
             looked = slice(start or first, start + 8)
             for cost, c in zip(costs[looked], crops[looked]):
-                before.append(reached)  # below, what lacks tokens falls off the end
+                before.append(reached)  # the shift below drops totals that exceed the tokens
                 reached |= (reached & at_least[c] if c else reached) >> cost
             if reached & goal:
                 break
@@ -166,16 +167,19 @@ def _fills(tokens: int, max_tokens: int, step: int) -> bool:
 
 
 def _needs(tokens: float, crops: float) -> tuple[float, float]:
-    """Returns which share of each budget a row should fill, 1 for the scarcer: those waiting decide."""
+    """Returns the share of each budget that a row should fill, from what the waiting sequences need.
+
+    It is 1 for the scarcer budget.
+    """
     larger = max(tokens, crops)
     return tokens / larger, crops / larger
 
 
 @functools.lru_cache(maxsize=8)
 def _masks(size: int, max_crops: int) -> tuple[list[int], list[int]]:
-    """Returns for c = 0 ... max_crops the bits with at least, and with at most, c crops remaining.
+    """Returns, for c = 0 ... max_crops, the bits with at least and those with at most c crops remaining.
 
-    Bit t * (max_crops + 1) + c stands for t steps and c crops that remain, t <= size.
+    Bit t * (max_crops + 1) + c represents t steps and c crops remaining, t <= size.
     """
     width = max_crops + 1
     every = sum(1 << row * width for row in range(size + 1))  # bit c = 0 of each t
@@ -185,10 +189,10 @@ def _masks(size: int, max_crops: int) -> tuple[list[int], list[int]]:
 
 
 def _trace(left: int, full: int, before: Listing[int], costs: Listing[int], first: int) -> list[int]:
-    """Returns the places of sequences that leave `left`, oldest first; of several sets one of older ones.
+    """Returns the buffer indices, oldest first, of sequences that leave `left`; prefers older sequences.
 
-    costs: of all who wait, the first of them being in the row already or not. before[i]: what could be left
-      by those older than number i of the others; these sets only grow.
+    costs: of all waiting sequences; the first may already be in the row.
+    before[i]: what could remain using only sequences older than the i-th of the others; these sets only grow.
     """
     chosen, place = [], len(before)
     while left != full:
@@ -208,13 +212,16 @@ def _size(sequence: types.Sequence) -> tuple[int, int, int]:
 
 
 class Packer:
-    """Collects sequences and emits packs, as its rule says.
+    """Collects sequences and emits packs chosen by its rule.
 
-    A pack is a list of (sequence, tag) in the order in which packing.join concatenates them. Tags are the
-    caller's and come back untouched. The whole state is `pending` and `state()`: a new Packer that `resume`s
-    with the same sequences continues where this one stands.
+    A pack is a list of (sequence, tag) in the order in which rows.join concatenates them. Tags belong to the
+    caller and are returned unchanged. `pending` and `state()` are the whole state: a new Packer that
+    `resume`s from them continues exactly where this one stopped.
 
-    max_tokens, max_crops, max_pooled: budgets of a row; max_pooled None: as many as there are tokens.
+    max_tokens, max_crops, max_pooled: budgets of a row; max_pooled defaults to max_tokens.
+
+    Raises:
+      ValueError: max_tokens < 1 or max_crops < 0.
     """
 
     def __init__(self, rule: Rule, max_tokens: int, max_crops: int,
@@ -225,7 +232,7 @@ class Packer:
         self._max_pooled = max_tokens if max_pooled is None else max_pooled
         self._waiting: Pack = []
         self._sizes: list[tuple[int, int, int]] = []  # tokens, crops, pooled rows
-        self._waits: list[int] = []  # rows that were emitted while it waited
+        self._waits: list[int] = []  # rows emitted while it waited
         self._totals: tuple[int, ...] = (0, 0, 0)     # of sizes
         self._longest_wait = 0
 
@@ -235,11 +242,11 @@ class Packer:
         return [tag for _, tag in self._waiting]
 
     def state(self) -> dict[str, Any]:
-        """Returns `waits`, in rows, of those pending, and `longest_wait` of any that was emitted."""
+        """Returns `waits` of the pending sequences and the `longest_wait` of any emitted one, in rows."""
         return {"waits": list(self._waits), "longest_wait": self._longest_wait}
 
     def resume(self, pending: Pack, state: Mapping[str, Any]) -> None:
-        """Puts back the sequences that were `pending` when `state` was taken."""
+        """Restores the sequences that were `pending` when `state` was taken."""
         self._waiting, self._waits = list(pending), list(state["waits"])
         self._sizes = [_size(sequence) for sequence, _ in pending]
         self._totals = tuple(map(sum, zip((0, 0, 0), *self._sizes, strict=True)))
@@ -248,8 +255,8 @@ class Packer:
     def push(self, sequence: types.Sequence, tag: Any = None) -> Pack | None:
         """Returns a pack, or None while the buffer fills.
 
-        A sequence that fills the token budget alone is returned at once and never waits; one beyond the
-        budget as well, so cut it first (sequence.truncate).
+        A sequence that fills the token budget alone is returned at once, and so is one that exceeds it: cut
+        sequences first (sequence.truncate).
 
         Raises:
           ValueError: the sequence has more crops or pooled rows than any row may have.
@@ -268,12 +275,12 @@ class Packer:
         return pack
 
     def _fit_one_row(self) -> bool:
-        """Returns whether one row could hold all that wait."""
+        """Returns whether all waiting sequences fit one row."""
         tokens, crops, pooled = self._totals
         return tokens <= self._max_tokens and crops <= self._max_crops and pooled <= self._max_pooled
 
     def flush(self) -> list[Pack]:
-        """Returns packs of everything that waits, and empties the buffer."""
+        """Returns all waiting sequences as packs and empties the buffer."""
         packs = []
         while self._waiting:
             packs.append(self._take())
@@ -284,7 +291,7 @@ class Packer:
         tokens, crops, _ = zip(*self._sizes, strict=True)
         chosen = self._rule.choose(tokens, crops, self._waits, self._max_tokens, self._max_crops)
         pack, kept, total, pooled = [], [], 0, 0
-        for item in chosen:  # whoever breaks the third budget, or the first by rounding, goes on waiting
+        for item in chosen:  # items beyond the third budget, or the first by rounding, keep waiting
             total_with, pooled_with = total + tokens[item], pooled + self._sizes[item][2]
             if total_with <= self._max_tokens and pooled_with <= self._max_pooled:
                 pack.append(self._waiting[item])

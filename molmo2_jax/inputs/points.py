@@ -4,15 +4,15 @@
     <tracks coords="GROUP;GROUP;...">LABEL</tracks>
 
 INDEX is an image number (from 1) or seconds with one decimal; X and Y are thousandths of width and height.
-Ids of points run through the whole answer, so the last one is the count; ids of tracks name objects.
+Point ids count through the whole answer, so the last one is the count; ids of tracks name objects.
 
 Source: reference: olmo/preprocessing/point_formatter.py. Deliberate differences: coordinates are always
-clipped to the frame (the reference forgets some), groups are always in ascending order, and a group whose
-index is no number, or no image, is skipped by the readers instead of raising.
+clipped to the frame (the reference misses some cases), groups are always in ascending order, and readers skip
+a group whose index is not a number or not an image instead of raising.
 """
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ TrackFrame = tuple[float, Mapping[Hashable, XY | None]]       # seconds, object 
 
 
 class Point(NamedTuple):
-    """A point that was read: image number or seconds, id as written, pixels."""
+    """A parsed point: image number or seconds, id as written, position in pixels."""
     index: float  # type: ignore[assignment]  # hides tuple.index
     id: str
     x: float
@@ -35,17 +35,17 @@ class Point(NamedTuple):
 
 
 class Tracked(NamedTuple):
-    """Objects that were read at one time: frame number, seconds, id -> (x, y) in pixels."""
+    """The parsed objects at one time: frame number, seconds, id -> (x, y) in pixels."""
     frame: int
     seconds: float
     points: dict[str, XY]
 
 
 def time_text(value: float | int | str) -> str:
-    """Returns seconds with one decimal: 1.25 -> "1.2", "01:02.30" -> "62.3"; an integer stays one.
+    """Returns seconds with one decimal: 1.25 -> "1.2", "01:02.30" -> "62.3"; integers have no decimal.
 
     Raises:
-      ValueError: negative, not finite, or text that is not [HH:]MM:SS.
+      ValueError: the time is negative, not finite, or text that is not [HH:]MM:SS.
     """
     if isinstance(value, str):
         try:
@@ -56,7 +56,7 @@ def time_text(value: float | int | str) -> str:
     if isinstance(value, (int, np.integer)):
         text, value = str(int(value)), float(value)
     else:
-        value = round(float(value), 1) + 0.0  # no minus zero
+        value = round(float(value), 1) + 0.0  # turns -0.0 into 0.0
         text = str(value)
     if not (np.isfinite(value) and value >= 0):
         raise ValueError(f"a time must be >= 0 seconds and finite; got {text}")
@@ -91,12 +91,12 @@ def format_points(groups: Sequence[Group], label: str, *, scale=100, separator: 
                   alt: str | None = None) -> str:
     """Returns the bare tag, or "There are none.".
 
-    groups: (index, points); one image is [(1, points)]. Groups without points are left out.
-    scale: what a coordinate at the right or lower edge is: 100 for percent, (width, height) for pixels, or
-      one such pair per group.
+    groups: (index, points); a single image is [(1, points)]. Groups without points are omitted.
+    scale: the coordinates of the lower right corner: 100 for percent, (width, height) for pixels, or one such
+      pair per group.
 
     Raises:
-      ValueError: coordinates or times that are no finite numbers, scale not positive.
+      ValueError: a coordinate or time is not finite, or scale is not positive.
     """
     pairs = zip(groups, _scales(scale, len(groups)), strict=True)
     texts, number = [], 0
@@ -114,16 +114,18 @@ def _num_points(groups: Sequence[Group]) -> int:
     return sum(len(points) for _, points in groups)
 
 
-def format_point_count(groups: Sequence[Group], label: str, **how) -> str:
-    """Returns "Counting the TAG shows a total of N.", or "There are none."; arguments of format_points."""
+def format_point_count(groups: Sequence[Group], label: str, write: Callable[..., str] = format_points, **how
+                       ) -> str:
+    """Returns "Counting the TAG shows a total of N.", or "There are none."; `write` makes the tag."""
     count = _num_points(groups)
-    return f"Counting the {format_points(groups, label, **how)} shows a total of {count}." if count else NONE
+    return f"Counting the {write(groups, label, **how)} shows a total of {count}." if count else NONE
 
 
-def format_count_point(groups: Sequence[Group], label: str, **how) -> str:
-    """Returns "There are N TAG.", or "There are none."; arguments of format_points."""
+def format_count_point(groups: Sequence[Group], label: str, write: Callable[..., str] = format_points, **how
+                       ) -> str:
+    """Returns "There are N TAG.", or "There are none."; `write` makes the tag."""
     count = _num_points(groups)
-    return f"There are {count} {format_points(groups, label, **how)}." if count else NONE
+    return f"There are {count} {write(groups, label, **how)}." if count else NONE
 
 
 def format_count(count: int) -> str:
@@ -134,8 +136,11 @@ def format_count(count: int) -> str:
 def format_tracks(frames: Sequence[TrackFrame], label: str, *, scale, separator: str = SEPARATOR) -> str:
     """Returns the tag of tracks: objects are numbered in the order in which they become visible.
 
-    "No tracks available." without frames, "" if every object is hidden in all of them; training should
-    drop both. scale: (width, height) in pixels, or 100 for percent.
+    Returns "No tracks available." without frames, and "" if every object is hidden in all of them; training
+    should drop both. scale: (width, height) in pixels, or 100 for percent.
+
+    Raises:
+      ValueError: a coordinate or time is not finite, or scale is not positive.
     """
     if not frames:
         return NO_TRACKS
@@ -155,7 +160,7 @@ def format_tracks(frames: Sequence[TrackFrame], label: str, *, scale, separator:
 
 def match_frames(frames: Sequence[TrackFrame], shown_seconds: Sequence[float] | np.ndarray,
                  tolerance: float = 0.01) -> list[TrackFrame]:
-    """Returns the frames at times at which the model sees the video, within `tolerance` seconds."""
+    """Returns the annotated frames whose times the model sees, within `tolerance` seconds."""
     shown = np.asarray(shown_seconds, np.float64)
     return [frame for frame in frames if np.any(np.abs(shown - _seconds(frame[0])) <= tolerance)]
 
@@ -167,9 +172,9 @@ def on_grid(frames: Sequence[TrackFrame], rate: float, tolerance: float = 0.01) 
 
 
 def start_end(frames: Sequence[TrackFrame]) -> list[TrackFrame]:
-    """Returns frames in which each object is left at its first and last annotated time only.
+    """Returns frames in which each object is kept at its first and last annotated time only.
 
-    An object that is hidden at one of the two stays hidden there, so it will be written once or not at all.
+    An object hidden at one of the two times stays hidden there, so it is written once or not at all.
     """
     frames = sorted(frames, key=lambda frame: _seconds(frame[0]))
     first, last = {}, {}
@@ -184,9 +189,9 @@ def start_end(frames: Sequence[TrackFrame]) -> list[TrackFrame]:
 
 def start_point(frames: Sequence[TrackFrame], name: Hashable, rng=None,
                 p_any: float = 0.2) -> tuple[float, XY] | None:
-    """Returns (seconds, point) from which one object is to be tracked; None if it is never visible.
+    """Returns the (seconds, point) from which to track one object; None if it is never visible.
 
-    The first visible one; with `rng` (training) and probability `p_any`, any visible one.
+    That is its first visible point; with `rng` (training), any visible one with probability `p_any`.
     """
     visible = [(_seconds(seconds), points[name])
                for seconds, points in sorted(frames, key=lambda frame: _seconds(frame[0]))
@@ -204,7 +209,7 @@ def later_than(frames: Sequence[TrackFrame], seconds: float) -> list[TrackFrame]
     return [frame for frame in frames if _seconds(frame[0]) > seconds]
 
 
-_TAG = re.compile(r'<(?:points|tracks).*? coords="([0-9\t:;,. ]+)"/?>')
+_TAG = re.compile(r'<(?:points|tracks).*? coords="([0-9\t:;,. ]+)"(?:/>|>([^<]*))')
 _UNTERMINATED = re.compile(r'<(?:points|tracks).*? coords="([0-9\t:;,. ]+)\Z')
 _GROUP = re.compile(r"(?:^|[\t:,;])([0-9.]+) ([0-9. ]+)")
 _POINT = re.compile(r"([0-9]+) ([0-9]{3,4}) ([0-9]{3,4})")
@@ -221,29 +226,42 @@ def _number(text: str) -> float | None:
 def parse_points(text: str, width: float | None = None, height: float | None = None, *,
                  sizes: Sequence[tuple[float, float]] | None = None,
                  accept_unterminated: bool = False) -> list[Point]:
-    """Returns the points of all tags in `text`, in pixels; [] for anything else, such as malformed tags.
+    """Returns the points of all tags in `text`, in pixels; text without well-formed tags gives [].
 
-    Points outside the frame are left out, duplicates are kept.
-    sizes: (width, height) per image, for an answer about several images, in place of width and height;
-      groups with another index than 1 ... n are skipped.
-    accept_unterminated: also read a last tag cut off before its closing quote. Not for reported metrics.
+    Points outside the frame are dropped, duplicates are kept.
+    sizes: (width, height) per image for an answer about several images, instead of width and height; groups
+      with an index other than 1 ... n are skipped.
+    accept_unterminated: also read a final tag that is cut off before its closing quote. Do not use it for
+      reported metrics.
 
     Raises:
-      ValueError: not exactly one of (width and height) and sizes is given.
+      ValueError: both or neither of (width and height) and sizes are given.
+    """
+    return [point for _, point in parse_labelled(text, width, height, sizes=sizes,
+                                                 accept_unterminated=accept_unterminated)]
+
+
+def parse_labelled(text: str, width: float | None = None, height: float | None = None, *,
+                   sizes: Sequence[tuple[float, float]] | None = None,
+                   accept_unterminated: bool = False) -> list[tuple[str, Point]]:
+    """Returns the points of parse_points, each with the label of its tag; "" if that is cut off.
+
+    Raises:
+      ValueError: both or neither of (width and height) and sizes are given.
     """
     if (width is None or height is None) == (sizes is None):
-        raise ValueError("parse_points needs either width and height or sizes; "
+        raise ValueError("points need either width and height or sizes to be read; "
                          f"got {(width, height)} and {sizes}")
-    values = _TAG.findall(text)
+    tags = _TAG.findall(text)
     if accept_unterminated:
-        values += _UNTERMINATED.findall(text)
+        tags += [(coords, "") for coords in _UNTERMINATED.findall(text)]
     found = []
-    for value in values:
-        for index_text, body in _GROUP.findall(value):
+    for coords, label in tags:
+        for index_text, body in _GROUP.findall(coords):
             index = _number(index_text)
             size = _size_of(index, width, height, sizes)
             if size is not None:
-                found += _points_of(index, body, size)
+                found += [(label, point) for point in _points_of(index, body, size)]
     return found
 
 
@@ -266,10 +284,15 @@ def _points_of(index: float, body: str, size: tuple[float, float]) -> list[Point
 def parse_tracks(text: str, width: float, height: float, fps: float) -> list[Tracked]:
     """Returns the tracked objects by time, ascending; frame = seconds x fps, rounded half to even.
 
-    An id that occurs twice at one time keeps its first position.
+    If an id occurs twice at one time, its first position is kept.
     """
+    return tracks_of(parse_points(text, width, height), fps)
+
+
+def tracks_of(found: Sequence[Point], fps: float) -> list[Tracked]:
+    """Returns points of a video by time; see parse_tracks."""
     by_time: dict[float, dict[str, XY]] = {}
-    for point in parse_points(text, width, height):
+    for point in found:
         by_time.setdefault(point.index, {}).setdefault(point.id, (point.x, point.y))
     return [Tracked(round(seconds * fps), seconds, points) for seconds, points in sorted(by_time.items())]
 
@@ -292,7 +315,7 @@ def read_count_reference(text: str) -> int | None:
 
 
 def read_count(text: str) -> int | None:
-    """Returns the count in any sentence that the formats above write; None if there is no count."""
+    """Returns the count in any sentence that the functions above write; None if there is no count."""
     count = read_count_reference(text)
     text = text.lower().strip()
     if count is None and (found := _COUNT_POINT.match(text)):

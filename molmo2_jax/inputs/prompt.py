@@ -1,6 +1,6 @@
 """Text around questions and frames: chat format, style prefixes, frame timestamps, subtitles.
 
-Everything here works on strings; tokens begin in sequence.py.
+This module works on strings; sequence.py turns them into tokens.
 """
 
 import functools
@@ -11,10 +11,12 @@ import numpy as np
 
 from molmo2_jax import config
 
-# Texts that the tokenizer turns into single ids with a meaning of their own.
+# Texts that the tokenizer turns into single ids with a special meaning.
 RESERVED = config.SPECIAL_TOKENS + ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+# Grounding tokens with their choices (inputs/grounded.py), which answers made by this code may contain.
+CHOICES = ("<|token_index:", "<|vit_index:", "<|vit_loc:")
 
-# Styles that a person would use in a demo: the question stands alone.
+# Styles that a demo's user would use: the question has no prefix.
 _DEMO_STYLES = frozenset("""
     point_count pointing cosyn_point user_qa long_caption short_caption video_long_caption
     video_short_caption video_point_track_per_frame video_point_track_start_end
@@ -33,7 +35,7 @@ _CHOICE_STYLES = frozenset("""
 
 STYLES_WITHOUT_PREFIX = _DEMO_STYLES | _CHOICE_STYLES
 
-# Names used by evaluation sets for the style the model was trained with.
+# Evaluation sets' names for the styles of training.
 _EVALUATION_NAMES = {
     "eval_short_answer": "vqa2",
     "eval_multiple_choice": "a_okvqa_mc",
@@ -51,7 +53,7 @@ def _reserved_pattern(reserved: tuple[str, ...]) -> re.Pattern:
 
 
 def refuse_reserved(text: str, reserved: Iterable[str] = RESERVED) -> None:
-    """Returns nothing; a text from outside must not be able to write visual tokens or chat markup.
+    """Rejects text that contains special tokens, so that users cannot inject visual tokens or chat markup.
 
     Raises:
       ValueError: the text contains one of `reserved`.
@@ -62,34 +64,50 @@ def refuse_reserved(text: str, reserved: Iterable[str] = RESERVED) -> None:
                          f"got {found.group()!r} at character {found.start()}")
 
 
-def chat_texts(turns: Sequence[str], reserved: Iterable[str] = RESERVED) -> list[str]:
+def chat_texts(turns: Sequence[str], reserved: Iterable[str] = RESERVED,
+               in_answers: Sequence[str] = ()) -> list[str]:
     """Returns the turns with chat markup: user, model, user, model ...; model turns stay unchanged.
 
-    The model's end-of-turn token is not written here: sequence.py adds it as an id. A later user turn
-    begins with another one, which training examples of the reference carry as well.
+    `in_answers` are special tokens that answers may contain. The model's end-of-turn token is not added here:
+    sequence.py adds it as an id. Each later user turn begins with a second one, as in the reference's
+    training examples.
 
     Raises:
       ValueError: there is no turn, an answer is empty, or a turn contains a special token.
+
     Source: chat template of Qwen3 without system turn; reference: olmo/preprocessing/data_formatter.py.
+    """
+    reserved = tuple(reserved)
+    of_answers = tuple(token for token in reserved if token not in in_answers)
+    for number, turn in enumerate(turns):
+        refuse_reserved(turn, of_answers if number % 2 else reserved)
+    return ["".join(text for text, _ in pieces) for pieces in chat_pieces(turns)]
+
+
+def chat_pieces(turns: Sequence[str]) -> list[list[tuple[str, bool]]]:
+    """Returns for each turn the pieces that `chat_texts` joins: (text, whether it is a special token).
+
+    Raises:
+      ValueError: there is no turn, or an answer is empty.
     """
     if not turns:
         raise ValueError("a conversation must have at least one turn; got none")
-    reserved = tuple(reserved)
-    texts = []
+    start, end = ("<|im_start|>", True), ("<|im_end|>", True)
+    pieces = []
     for number, turn in enumerate(turns):
-        refuse_reserved(turn, reserved)
         if number % 2 == 1:
             if not turn:
                 raise ValueError(f"an answer must not be empty; got '' as turn {number + 1}")
-            texts.append(turn)
+            pieces.append([(turn, False)])
         else:
-            closing = "<|im_end|>\n" if number else ""
-            texts.append(f"{closing}<|im_start|>user\n{turn}<|im_end|>\n<|im_start|>assistant\n")
-    return texts
+            closing = [end, ("\n", False)] if number else []
+            pieces.append([*closing, start, (f"user\n{turn}", False), end, ("\n", False), start,
+                           ("assistant\n", False)])
+    return pieces
 
 
 def training_style(style: str) -> str:
-    """Returns the style the model was trained with, for a name used by an evaluation set."""
+    """Returns the style of training that an evaluation set's name stands for."""
     if style in _EVALUATION_NAMES:
         return _EVALUATION_NAMES[style]
     if style.startswith("eval_multi_image_"):
@@ -100,9 +118,10 @@ def training_style(style: str) -> str:
 def style_prefix(style: str) -> str:
     """Returns "STYLE:" for academic styles, "" for demo and multiple-choice styles.
 
-    Two tracking styles have a prefix only because their names differ from the reference's demo list; the
-    released models were trained so. Source: reference: olmo/preprocessing/data_formatter.py,
-    `demo_or_style_v2`.
+    Two tracking styles have a prefix only because their names differ from those in the reference's demo list;
+    the released models were trained with it.
+
+    Source: reference: olmo/preprocessing/data_formatter.py, `demo_or_style_v2`.
     """
     name = training_style(style)
     return "" if name in STYLES_WITHOUT_PREFIX else f"{name}:"
@@ -110,10 +129,14 @@ def style_prefix(style: str) -> str:
 
 def pretrain_prefix(style: str, answer: str | None = None,
                     rng: np.random.RandomState | np.random.Generator | None = None) -> str:
-    """Returns the prefix of the pre-training stage: "STYLE N:", N about the answer's length / 15.
+    """Returns the prefix of the pre-training stage: "STYLE N:", where N is about len(answer) / 15.
 
-    With an answer and rng (training), N is noisy and left out for one example in ten; without an answer
-    (inference) N is 65. Pointing styles have no N. Source: reference, `style_and_length_v2`.
+    With an answer and rng (training), N is noisy, and omitted for one example in ten; without an answer
+    (inference) N is 65. Pointing styles have no N.
+
+    Raises:
+      ValueError: an answer is given without rng.
+    Source: reference, `style_and_length_v2`.
     """
     if style in _POINTING_STYLES:
         return f"{style}:"
@@ -127,24 +150,24 @@ def pretrain_prefix(style: str, answer: str | None = None,
 
 
 def with_prefix(prefix: str, text: str) -> str:
-    """Returns prefix and text with a space between them where both exist."""
+    """Returns prefix and text, separated by a space if neither is empty."""
     return f"{prefix} {text}" if prefix and text else prefix + text
 
 
 def frame_time_text(seconds: float, is_first: bool) -> str:
     """Returns the text before a frame: "0.0 " before the first, " 0.5 " before later ones.
 
-    Encoded apart from its neighbours, frame by frame. Source: paper, section 3.1.
+    It is encoded separately for each frame. Source: paper, section 3.1.
     """
     return f"{seconds:.1f} " if is_first else f" {seconds:.1f} "
 
 
 def subtitles_within(subtitles: str | Sequence[tuple[float, float, str]],
                      duration: float) -> str | tuple[tuple[float, float, str], ...]:
-    """Returns (start, end, text) cut to a clip, 0 .. duration seconds, without those before or after it.
+    """Returns the (start, end, text) entries within a clip, cut to its 0 .. duration seconds.
 
-    One ready text has no times and stays as it is. The reference does not cut: there an entry that begins
-    before the clip keeps a negative time, which names no frame.
+    A single text has no times and is returned unchanged. The reference does not cut: its entries that begin
+    before the clip keep a negative time, which corresponds to no frame.
     """
     if isinstance(subtitles, str):
         return subtitles
@@ -155,7 +178,7 @@ def subtitles_within(subtitles: str | Sequence[tuple[float, float, str]],
 def frame_markers(inputs: config.InputConfig) -> tuple[str, str]:
     """Returns the special tokens before and after the patches of a frame.
 
-    Both pairs occur among released checkpoints; the processor file says which one a model was trained with.
+    Released checkpoints use either pair; the processor file states which one a model was trained with.
     Source: transformers: models/molmo2/processing_molmo2.py, `get_video_string`.
     """
     if inputs.use_frame_special_tokens:
@@ -167,8 +190,8 @@ def subtitle_text(subtitles: str | Sequence[tuple[float, float, str]],
                   frame_seconds: Sequence[float] | None = None, margin: float = 1.0) -> str:
     """Returns the text placed after the frames: "subtitle", then one "START - END TEXT" per line.
 
-    With `frame_seconds`, entries that come no nearer than `margin` seconds to any frame are left out. ""
-    if there is nothing to say. Source: reference: olmo/preprocessing/video_preprocessor.py.
+    With `frame_seconds`, entries more than `margin` seconds from every frame are dropped. Returns "" if no
+    entry is left. Source: reference: olmo/preprocessing/video_preprocessor.py.
     """
     if isinstance(subtitles, str):
         return f"subtitle\n{subtitles}" if subtitles else ""

@@ -1,7 +1,7 @@
-"""Stop strings: texts that end an answer, wherever token borders fall.
+"""Stop strings: texts that end an answer, regardless of token boundaries.
 
-Tokens are read byte by byte by an automaton that knows how much of which stop string has just been read
-(Aho and Corasick, 1975). For the device it becomes a table over whole tokens.
+An automaton reads tokens byte by byte; its state is the longest prefix of a stop string just read (Aho and
+Corasick, 1975). For the device it becomes a table over whole tokens.
 
 S states, V base vocabulary.
 """
@@ -12,19 +12,23 @@ import numpy as np
 
 from molmo2_jax.inputs import tokenizer as tokenizers
 
-FOUND = -1          # in place of a state: a stop string was read
-_LEAST_STATES = 16  # tables are padded to a power of two, so that few shapes are compiled
+FOUND = -1          # instead of a state: a stop string is complete
+_LEAST_STATES = 16  # tables are padded to powers of two, so that few shapes are compiled
 
 
 def check(stops: Sequence[str]) -> tuple[str, ...]:
-    """Returns the stop strings as a tuple; raises ValueError for an empty one or a single string."""
+    """Returns the stop strings as a tuple.
+
+    Raises:
+      ValueError: a stop string is empty, or `stops` is a single string.
+    """
     if isinstance(stops, str) or not all(stops):
         raise ValueError(f"stop must be a sequence of texts of at least one character; got {stops!r}")
     return tuple(stops)
 
 
 def byte_table(stops: Sequence[str]) -> np.ndarray:
-    """Returns int32[S, 256], the state after a byte; state 0 has read nothing of any stop string."""
+    """Returns int32[S, 256]: the state after each byte; in state 0 no part of a stop string has been read."""
     words = [stop.encode("utf-8") for stop in stops]
     prefixes = sorted({word[:length] for word in words for length in range(len(word) + 1)}, key=len)
     states = [prefix for prefix in prefixes if not any(word in prefix for word in words)]
@@ -42,7 +46,7 @@ def byte_table(stops: Sequence[str]) -> np.ndarray:
 
 
 def token_table(stops: Sequence[str], tokenizer: tokenizers.Tokenizer) -> np.ndarray | None:
-    """Returns int32[S, V]: the state after each token, FOUND if it completes a stop string; None for none."""
+    """Returns int32[S, V]: the state after each token, or FOUND; None if there are no stop strings."""
     if not stops:
         return None
     by_byte = byte_table(stops)
@@ -60,12 +64,12 @@ def token_table(stops: Sequence[str], tokenizer: tokenizers.Tokenizer) -> np.nda
 
 
 def cut(text: str, stops: Sequence[str]) -> str:
-    """Returns the text before the first stop string in it."""
+    """Returns the text up to its first stop string."""
     return text[:min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
 def settled(text: str, stops: Sequence[str]) -> str:
-    """Returns the text without an end that may yet become a stop string."""
+    """Returns the text without a final part that may still become a stop string."""
     longest = max(map(len, stops), default=1) - 1
     for place in range(max(0, len(text) - longest), len(text)):
         if any(stop.startswith(text[place:]) for stop in stops):

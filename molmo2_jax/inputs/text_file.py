@@ -1,7 +1,7 @@
-"""Text files of users: UTF-8 with or without a byte order mark. Any other encoding is refused.
+"""Users' text files: UTF-8 with or without a byte order mark. Any other encoding is rejected.
 
 Windows' Notepad, PowerShell and Excel write byte order marks, UTF-16 and code page 1252. A mark is dropped.
-Guessing an encoding, or replacing what does not fit, would change names and answers without a word.
+Guessing the encoding, or replacing invalid bytes, would change names and answers silently.
 """
 
 import codecs
@@ -14,28 +14,33 @@ from typing import Any
 
 from molmo2_jax.inputs import file_kind
 
-# UTF-32 first: its little-endian mark begins with that of UTF-16.
+# UTF-32 first: its little-endian mark begins with the one of UTF-16.
 _MARKS = ((codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
           (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"))
 _CHUNK = 1 << 20  # bytes
 
 
 def read(path: str | os.PathLike) -> str:
-    """Returns the text of a file without a byte order mark; all ends of lines become a newline.
+    """Returns the text of a file without its byte order mark; all line ends become "\\n".
 
     Raises:
-      ValueError: as `decode`. OSError: the file cannot be read.
+      ValueError: as `decode`.
+      OSError: the file cannot be read.
     """
-    file: Any = path if hasattr(path, "read_bytes") else pathlib.Path(path)  # a path of etils may be remote
-    return decode(file.read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+    return decode(_path(path).read_bytes(), path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _path(path: str | os.PathLike) -> Any:
+    """Returns a path with methods; one of etils, which may be remote, as it is."""
+    return path if hasattr(path, "read_bytes") else pathlib.Path(path)
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """Returns the value in a JSON file.
+    """Returns the value of a JSON file.
 
     Raises:
-      ValueError: the file is not UTF-8 or not JSON; the message says what it is instead, if that is known.
-        OSError: it cannot be read.
+      ValueError: the file is not UTF-8 or not JSON; the message says what it is instead, if known.
+      OSError: the file cannot be read.
     """
     try:
         return json.loads(read(path))
@@ -49,8 +54,8 @@ def decode(data: bytes, where: str | os.PathLike) -> str:
     """Returns UTF-8 bytes as text without a byte order mark; `where` names them in errors.
 
     Raises:
-      ValueError: the bytes are not UTF-8 or hold a zero byte, as UTF-16 does. The message gives the
-        encoding it probably is, the byte's place, and how to convert the file.
+      ValueError: the bytes are not UTF-8 or contain a zero byte, as UTF-16 does. The message gives the
+        probable encoding, the byte's offset, and how to convert the file.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -62,14 +67,24 @@ def decode(data: bytes, where: str | os.PathLike) -> str:
 
 
 def check(path: str | os.PathLike) -> None:
-    """Raises ValueError as `decode` if a file of any size is not UTF-8; reads it in small parts."""
-    with open(path, "rb") as file:
+    """Checks that a file of any size is UTF-8, reading it in chunks.
+
+    Raises:
+      ValueError: as `decode`.
+      OSError: the file cannot be read.
+    """
+    with _path(path).open("rb") as file:
         _check(iter(lambda: file.read(_CHUNK), b""), path)
 
 
 def check_start(path: str | os.PathLike) -> None:
-    """Raises ValueError as `decode` if a file begins as UTF-16 or UTF-32 does."""
-    with open(path, "rb") as file:
+    """Checks that a file does not begin as UTF-16 or UTF-32 does.
+
+    Raises:
+      ValueError: as `decode`.
+      OSError: the file cannot be read.
+    """
+    with _path(path).open("rb") as file:
         start = file.read(4)
     if b"\0" in start or start.startswith(tuple(mark for mark, _ in _MARKS)):
         _check([start], path)
@@ -77,7 +92,7 @@ def check_start(path: str | os.PathLike) -> None:
 
 def _check(chunks: Iterable[bytes], where: str | os.PathLike) -> None:
     """Raises ValueError at the first byte that is not UTF-8 text."""
-    offset, line, rest = 0, 1, b""  # of the data; begun characters wait in the rest
+    offset, line, rest = 0, 1, b""  # of `data`; `rest` holds the bytes of an unfinished character
     for chunk in itertools.chain(chunks, [b""]):
         data = rest + chunk
         encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)

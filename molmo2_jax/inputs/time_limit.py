@@ -1,4 +1,4 @@
-"""A limit on how long a call may take, for calls into decoders that look at no clock."""
+"""A time limit for calls into decoders, which check no clock."""
 
 import queue
 import threading
@@ -10,7 +10,7 @@ _threads = threading.local()
 
 
 class _Helper:
-    """A thread that does one call at a time, and is kept: what decoders cache per thread stays."""
+    """A thread that runs one call at a time; it is kept, and with it what decoders cache per thread."""
 
     def __init__(self):
         self._calls, self._results = queue.SimpleQueue(), queue.SimpleQueue()
@@ -18,7 +18,7 @@ class _Helper:
         self._thread.start()
 
     def is_usable(self) -> bool:
-        return self._thread.is_alive()  # not in a process that was forked off
+        return self._thread.is_alive()  # threads do not survive a fork
 
     def start(self, function: Callable) -> None:
         self._calls.put(function)
@@ -33,7 +33,7 @@ class _Helper:
         while (function := self._calls.get()) is not None:
             try:
                 result = function(), None
-            except BaseException as error:  # noqa: BLE001, handed to the caller
+            except BaseException as error:  # noqa: BLE001, raised in the caller
                 result = None, error
             self._results.put(result)
             del function, result
@@ -42,8 +42,8 @@ class _Helper:
 def within(seconds: float, function: Callable[[], T], error: Exception) -> T:
     """Returns function(), or raises `error` if that takes longer than `seconds`.
 
-    The call runs in a helper thread. One that is late is left to itself, and its result thrown away: a call
-    stuck inside a decoder cannot be ended, but it no longer holds up the caller, nor the end of the process.
+    The call runs in a helper thread. A late call is abandoned and its result discarded: a call stuck inside a
+    decoder cannot be stopped, but it no longer blocks the caller or the exit of the process.
     """
     helper = getattr(_threads, "helper", None)
     if helper is None or not helper.is_usable():
@@ -56,7 +56,7 @@ def within(seconds: float, function: Callable[[], T], error: Exception) -> T:
     except queue.Empty:
         raise error from None
     finally:
-        if not finished:  # late, or interrupted by the keyboard
+        if not finished:  # late, or interrupted (Ctrl-C)
             helper.leave()
             _threads.helper = None
     if raised is not None:

@@ -8,8 +8,10 @@ Source: reference: olmo/tokenizer.py.
 """
 
 import codecs
+import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 
 import tokenizers
@@ -25,12 +27,16 @@ from molmo2_jax.inputs import text_file
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
-# Words with at most one leading sign or space, single digits, runs of signs, white space: as in Qwen3.
+# As in Qwen3: words with at most one leading sign or space, single digits, runs of signs, white space.
 _SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-# What tokenizer_config.json calls a tokenizer that is its tokenizer.json and nothing else.
+# Entries that released tokenizers of models with a pointer have after the special tokens: ids by which other
+# programs carry choices. Here choices are not tokens (inputs/grounded.py), so these entries are left out.
+_CHOICE = re.compile(r"<(?:EXTRA_TOKENS_POINT|POINT)_\d+>")
+
+# The class that tokenizer_config.json names if tokenizer.json alone defines the tokenizer.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 
 
@@ -42,7 +48,7 @@ def append_special_tokens(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> N
     """Adds fillers up to `vocab_size` entries, then the Molmo2 tokens; changes `tokenizer` in place.
 
     Raises:
-      ValueError: the tokenizer has more entries than vocab_size, or already holds one of the tokens.
+      ValueError: the tokenizer has more than vocab_size entries, or already contains one of the tokens.
     """
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if size > vocab_size:
@@ -56,13 +62,16 @@ def append_special_tokens(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> N
 
 
 class Tokenizer:
-    """A tokenizer that holds fillers and special tokens, with what the model needs to know about it.
+    """A tokenizer with fillers and special tokens, and what the model needs to know about it.
 
-    bos_id, eos_id: where the base model has no BOS, EOS takes its place.
+    bos_id, eos_id: EOS serves as BOS if the base model has none.
     vocab_size: entries of the base vocabulary, fillers included; the first special token has this id.
     special: id of each of config.SPECIAL_TOKENS.
     reserved: texts of all special entries, which plain text must not contain.
-    hub_class: `tokenizer_class` of its tokenizer_config.json, e.g. "Qwen2Tokenizer"; saved as it was read.
+    hub_class: `tokenizer_class` of its tokenizer_config.json, e.g. "Qwen2Tokenizer"; saved unchanged.
+
+    Raises:
+      ValueError: special ids are not consecutive, or BOS or EOS is not in the vocabulary.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, bos: str | None = None, eos: str | None = None,
@@ -92,8 +101,9 @@ class Tokenizer:
     def from_file(cls, path: str | pathlib.Path, vocab_size: int | None = None) -> "Tokenizer":
         """Returns the tokenizer of a `tokenizer.json`, or of the folder that holds one.
 
-        If it lacks the special tokens they are appended behind `vocab_size` entries. BOS and EOS come from
-        the `tokenizer_config.json` beside it; without one EOS is `<|im_end|>`, else `<|endoftext|>`.
+        If it lacks the special tokens, they are appended after `vocab_size` entries. BOS and EOS are from the
+        `tokenizer_config.json` next to it; without one, EOS is `<|im_end|>` if that exists, else
+        `<|endoftext|>`.
 
         Raises:
           ValueError: the file cannot be read, or `vocab_size` is missing or does not fit it.
@@ -102,7 +112,7 @@ class Tokenizer:
         if path.is_dir():
             path = path / "tokenizer.json"
         try:
-            tokenizer = tokenizers.Tokenizer.from_str(text_file.read(path))
+            tokenizer = tokenizers.Tokenizer.from_str(_without_choices(text_file.read(path)))
             settings = _settings(path.parent / "tokenizer_config.json")
         except Exception as error:  # tokenizers raises bare Exception for a malformed file
             what = file_kind.describe(path) if path.is_file() else ""
@@ -122,8 +132,18 @@ class Tokenizer:
         """Returns the ids of a text; nothing is added. Chat markup in it becomes special ids."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_text(self, text: str) -> list[int]:
+        """Returns the ids of a text in which special tokens stay text; nothing is added."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        plain = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        plain.encode_special_tokens = True
+        return plain
+
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text up to the first EOS. A leading EOS that doubles as BOS is skipped."""
+        """Returns the text up to the first EOS. A leading EOS that serves as BOS is skipped."""
         return self._tokenizer.decode(self._answer(list(map(int, ids))), skip_special_tokens=False)
 
     def _answer(self, ids: Sequence[int]) -> Sequence[int]:
@@ -132,11 +152,11 @@ class Tokenizer:
         return ids[:ids.index(self.eos_id)] if self.eos_id in ids else ids
 
     def token(self, token_id: int) -> str | None:
-        """Returns the vocabulary entry of an id, in byte-level spelling; None if there is none."""
+        """Returns the vocabulary entry of an id in byte-level spelling; None if there is none."""
         return self._tokenizer.id_to_token(int(token_id))
 
     def bytes_of(self, token_id: int) -> bytes:
-        """Returns what a vocabulary entry stands for, in UTF-8; b"" for an id without one."""
+        """Returns the UTF-8 bytes of a vocabulary entry; b"" for an id without an entry."""
         token = self.token(token_id)
         if token is None:
             return b""
@@ -144,6 +164,10 @@ class Tokenizer:
             return bytes(_BYTE_OF_LETTER[letter] for letter in token)
         except KeyError:  # an added token, spelt as plain text
             return token.encode("utf-8")
+
+    def spell(self, ids: Iterable[int]) -> str:
+        """Returns the text of all ids, chat markup and what follows an EOS included."""
+        return b"".join(map(self.bytes_of, ids)).decode("utf-8", errors="replace")
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json (BOS and EOS) into `folder`."""
@@ -159,12 +183,21 @@ class Tokenizer:
         return Tokenizer, (self._tokenizer, *self._texts, self.hub_class)
 
 
+def _without_choices(text: str) -> str:
+    """Returns the text of a tokenizer.json without the entries of _CHOICE."""
+    if "<POINT_0>" not in text:
+        return text
+    values = json.loads(text)
+    values["added_tokens"] = [one for one in values["added_tokens"] if not _CHOICE.fullmatch(one["content"])]
+    return json.dumps(values)
+
+
 def _settings(path: pathlib.Path) -> dict:
     return text_file.read_json(path) if path.is_file() else {}
 
 
 def _class_of(settings: dict) -> str:
-    """Returns the tokenizer_class; for the name that only transformers 5 knows, the one that 4 knows too."""
+    """Returns the tokenizer_class; a name known only to transformers 5 becomes one that 4 knows too."""
     found = settings.get("tokenizer_class")
     return found if found and found != "TokenizersBackend" else GENERIC_CLASS
 
@@ -176,10 +209,10 @@ def _text_of(token: str | dict | None) -> str | None:
 def train_small(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
     """Returns a byte-level BPE tokenizer trained on `corpus`, built like Qwen3's: single digits, no BOS.
 
-    The result depends on the texts only. A small corpus gives fewer merges; fillers take the rest.
+    The result depends on the texts only. If a small corpus gives fewer merges, fillers take their place.
 
     Raises:
-      ValueError: vocab_size does not hold the 256 bytes and the three chat tokens.
+      ValueError: vocab_size is too small for the 256 bytes and the three chat tokens.
     """
     chat = [END_OF_TEXT, TURN_START, TURN_END]
     if vocab_size < 256 + len(chat):
@@ -199,7 +232,7 @@ def train_small(corpus: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """Returns the byte that each letter of a byte-level vocabulary stands for (GPT-2's table)."""
+    """Returns the byte that each character of a byte-level vocabulary represents (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -210,7 +243,7 @@ _BYTE_OF_LETTER = _byte_of_letter()
 
 
 class StreamDecoder:
-    """Decodes ids one by one. What `feed` returned plus `flush` equals `Tokenizer.decode` of all ids."""
+    """Decodes ids one by one. All `feed` results and `flush` together equal `Tokenizer.decode` of all ids."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -218,7 +251,7 @@ class StreamDecoder:
         self._is_first, self._is_over = True, False
 
     def feed(self, token_id: int) -> str:
-        """Returns the text completed by this id; "" inside a character and from EOS on."""
+        """Returns the text completed by this id; "" within a character, and after EOS."""
         is_first, self._is_first = self._is_first, False
         if token_id == self._tokenizer.eos_id:
             self._is_over |= not (is_first and self._tokenizer.bos_id == token_id)
@@ -226,5 +259,5 @@ class StreamDecoder:
         return "" if self._is_over else self._utf8.decode(self._tokenizer.bytes_of(token_id))
 
     def flush(self) -> str:
-        """Returns what an unfinished character at the end decodes to."""
+        """Returns the decoding of an unfinished last character."""
         return self._utf8.decode(b"", final=True)

@@ -1,4 +1,4 @@
-"""Whether a media file ends before its container says that it does.
+"""Detects media files that are shorter than their container states.
 
 Only sizes are read, never the media: a few seeks in most files, one per cluster or block in live Matroska.
 
@@ -17,17 +17,20 @@ _OGG_PAGE = 27 + 255 + 255 * 255   # bytes, at most
 _SIDX = 40 + 12 * 65535            # bytes, at most
 _SEGMENT, _CLUSTER, _EBML = 0x18538067, 0x1F43B675, 0x1A45DFA3
 _LEVEL_1 = {_CLUSTER, 0x1C53BB6B, 0x1254C367, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1043A770, 0x1941A469}
-_IN_CLUSTER = {0xE7, 0xA3, 0xA0, 0xA7, 0xAB, 0x5854, 0xAF}   # time, blocks, position, size of the one before
-_ANYWHERE = {0xEC, 0xBF}                                     # padding, check sum
+_IN_CLUSTER = {0xE7, 0xA3, 0xA0, 0xA7, 0xAB, 0x5854, 0xAF}   # time, blocks, position, size before
+_ANYWHERE = {0xEC, 0xBF}                                     # padding, checksum
 
 
 def missing_end(path, format_name: str) -> str | None:
-    """Returns why a file cannot be whole, or None.
+    """Returns why a file must be incomplete, or None.
 
-    None also means that the container does not state where it ends, as MPEG-TS and raw streams.
+    None may also mean that the container does not state where it ends, as in MPEG-TS and raw streams.
 
     Args:
       format_name: FFmpeg's name of the container, such as "mov,mp4,m4a,3gp,3g2,mj2".
+
+    Raises:
+      OSError: the file cannot be read.
     """
     find = _FORMATS.get(format_name)
     if find is None:
@@ -36,7 +39,7 @@ def missing_end(path, format_name: str) -> str | None:
         size = os.fstat(file.fileno()).st_size
         try:
             return find(file, size)
-        except (struct.error, IndexError):  # a header without its end
+        except (struct.error, IndexError):  # an incomplete header
             return f"the file ends at byte {size}, within a header"
 
 
@@ -50,7 +53,7 @@ def _past(what: str, end: int, size: int) -> str | None:
 
 
 def _boxes(file: BinaryIO, size: int) -> str | None:
-    """mp4, mov: boxes of a size and a type; the media lie in `mdat`, in fragments each after its `moof`."""
+    """mp4, mov: boxes with a size and a type; the media are in `mdat`, in fragments after each `moof`."""
     place, is_fragmented = 0, False
     while place < size:
         header = _at(file, place, 16)
@@ -60,7 +63,7 @@ def _boxes(file: BinaryIO, size: int) -> str | None:
         if length == 1:
             length, = struct.unpack(">Q", header[8:])
         if kind not in (b"mdat", b"moof", b"moov", b"styp", b"sidx"):
-            if length < 8:  # to the end of the file, or no longer boxes
+            if length < 8:  # extends to the end of the file, or is not a box
                 return None
             place += length
             continue
@@ -77,7 +80,7 @@ def _boxes(file: BinaryIO, size: int) -> str | None:
 
 
 def _segments(box: bytes, end: int, size: int) -> str | None:
-    """The index of the segments that follow: their sizes are known before they are there."""
+    """An index of the segments that follow, with their sizes."""
     is_wide = box[8] > 0
     offset, _, count = struct.unpack_from(">QHH" if is_wide else ">IHH", box, 28 if is_wide else 24)
     sizes = struct.unpack_from(">" + "I8x" * count, box, 40 if is_wide else 32)
@@ -85,9 +88,9 @@ def _segments(box: bytes, end: int, size: int) -> str | None:
 
 
 def _elements(file: BinaryIO, place: int, size: int) -> Iterator[tuple[int, int, int | None]]:
-    """Yields (id, start of the content, its length or None if unknown) of EBML elements.
+    """Yields (id, start of the content, its length, None if unknown) of EBML elements.
 
-    The next element is read after the content; after the header alone where the length is unknown.
+    The next element is read after the content, or after the header if the length is unknown.
     """
     while place < size:
         header = _at(file, place, 12)
@@ -108,7 +111,7 @@ def _elements(file: BinaryIO, place: int, size: int) -> Iterator[tuple[int, int,
 
 
 def _matroska(file: BinaryIO, size: int) -> str | None:
-    """Matroska, WebM: elements of an id and a size. Live streams leave the sizes of the outer ones open."""
+    """Matroska, WebM: elements with an id and a size. Live streams omit the sizes of outer elements."""
     segment = None
     for kind, start, length in _elements(file, 0, size):
         if kind == _SEGMENT:
@@ -125,7 +128,7 @@ def _matroska(file: BinaryIO, size: int) -> str | None:
         if kind in _LEVEL_1:
             in_cluster = kind == _CLUSTER
         elif kind not in _ANYWHERE and not (in_cluster and kind in _IN_CLUSTER):
-            return None  # no longer part of the film
+            return None  # no longer part of the video
         if length is None and kind != _CLUSTER:
             return None
         if length is not None and start + length > size:
@@ -134,20 +137,20 @@ def _matroska(file: BinaryIO, size: int) -> str | None:
 
 
 def _avi(file: BinaryIO, size: int) -> str | None:
-    """AVI: chunks RIFF, each with its size; one of 0 or all ones was not known when it was written."""
+    """AVI: RIFF chunks with their sizes; 0 or all ones means unknown at the time of writing."""
     place = 0
     while place + 8 <= size:
         kind, length = struct.unpack("<4sI", _at(file, place, 8))
         if kind != b"RIFF" or length in (0, 0xFFFFFFFF):
             return None
         place += 8 + length + length % 2
-        if place - 9 > size:  # some writers count the header, some leave out the padding
+        if place - 9 > size:  # some writers count the header, some omit the padding
             return _past("its chunk RIFF", place, size)
     return None
 
 
 def _asf(file: BinaryIO, size: int) -> str | None:
-    """ASF, WMV: objects of a GUID and a size, 0 in live streams."""
+    """ASF, WMV: objects with a GUID and a size, which is 0 in live streams."""
     place = 0
     while place < size:
         guid, length = struct.unpack("<16sQ", _at(file, place, 24))
@@ -160,7 +163,7 @@ def _asf(file: BinaryIO, size: int) -> str | None:
 
 
 def _flv(file: BinaryIO, size: int) -> str | None:
-    """FLV: tags, each followed by its size. Only a file whose last size leads to no tag is walked through."""
+    """FLV: tags, each followed by its size. Tags are scanned only if the last size does not lead to one."""
     place = int.from_bytes(_at(file, 5, 4)) + 4
     if size < place + 15:
         return None
@@ -178,7 +181,7 @@ def _flv(file: BinaryIO, size: int) -> str | None:
 
 
 def _flv_end(file: BinaryIO, place: int) -> int | None:
-    """Returns where the size after a tag ends, or None of what is no tag."""
+    """Returns the end of the size after a tag; None if there is no tag."""
     header = _at(file, place, 11)
     if header[0] & 0x1F not in (8, 9, 18):
         return None
@@ -188,7 +191,7 @@ def _flv_end(file: BinaryIO, place: int) -> int | None:
 
 
 def _ogg(file: BinaryIO, size: int) -> str | None:
-    """Ogg: pages, each with the sizes of its parts; the last one begins within the greatest page's size."""
+    """Ogg: pages with the sizes of their parts; the last one begins at most a largest page before the end."""
     start = max(0, size - _OGG_PAGE)
     tail = _at(file, start, _OGG_PAGE)
     place = tail.rfind(b"OggS\0")
@@ -206,7 +209,7 @@ def _ogg(file: BinaryIO, size: int) -> str | None:
 
 
 def _rm(file: BinaryIO, size: int) -> str | None:
-    """RealMedia: chunks of a type and a size; that of live data is 0."""
+    """RealMedia: chunks with a type and a size, which is 0 for live data."""
     place = 0
     while place < size:
         kind, length = struct.unpack(">4sI", _at(file, place, 8))
@@ -219,13 +222,13 @@ def _rm(file: BinaryIO, size: int) -> str | None:
 
 
 def _swf(file: BinaryIO, size: int) -> str | None:
-    """SWF: states its size, before compression."""
+    """SWF: states its uncompressed size."""
     kind, length = struct.unpack("<3sxI", _at(file, 0, 8))
     return _past("the film", length, size) if kind == b"FWS" else None
 
 
 def _gif(file: BinaryIO, size: int) -> str | None:
-    """GIF: pictures and extensions, each a chain of blocks that ends with an empty one."""
+    """GIF: images and extensions, each a chain of blocks that ends with an empty block."""
     data = _at(file, 0, size)
     place = 13 + _gif_colours(data[10])
     while place < size and data[place] in (0x21, 0x2C):
@@ -240,7 +243,7 @@ def _gif(file: BinaryIO, size: int) -> str | None:
 
 
 def _gif_colours(flags: int) -> int:
-    """Returns the bytes of the colour table that flags announce."""
+    """Returns the size in bytes of the colour table that the flags announce."""
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 

@@ -1,7 +1,7 @@
-"""Which seconds of a video to look at, which frames are shown then, and their pixels.
+"""Chooses the times to sample in a video, finds the frames on display then, and decodes them.
 
-First only the packets of a file are read, which tell every presentation time and keyframe at a hundredth of
-the cost of decoding; then the packets that the chosen frames need, with a seek over what lies between.
+The first pass reads packets only, which give every presentation time and keyframe at a hundredth of the cost
+of decoding. The second pass decodes only the packets that the chosen frames need, seeking over the rest.
 
 N frames, H x W pixels. Ticks are the stream's own integer time units.
 
@@ -17,15 +17,16 @@ import av
 import numpy as np
 
 from molmo2_jax import types
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import kept_video
 from molmo2_jax.inputs import orientation
+from molmo2_jax.inputs import pixels as pixels_lib
 from molmo2_jax.inputs import video_file
 
-MediaError = image.MediaError
+MediaError = pixels_lib.MediaError
 EDGE_SECONDS = 1e-6            # requested times stay this far inside the stream
-# A time this little before a frame shows it: sums of floats miss by less, and so do times with six decimals.
+# A time at most this much before a frame shows that frame: float sums and six-decimal times err by less.
 ROUNDING_SECONDS = 6e-7
-WHOLE_RATE = 0.0025            # a rate this near a whole number, relatively, is it; NTSC's differ by 0.001
+WHOLE_RATE = 0.0025            # relative distance at which a rate counts as whole; NTSC's differ by 0.001
 
 
 # Times
@@ -34,8 +35,8 @@ WHOLE_RATE = 0.0025            # a rate this near a whole number, relatively, is
 def sample_seconds(duration: float, max_frames: int, fps: float | None = 2.0) -> np.ndarray:
     """Returns float64[N] times in seconds at which to read frames, N <= max_frames.
 
-    Every 1/fps seconds and always the end of the clip; if that is too many, or fps is None, max_frames
-    evenly spaced from start to end.
+    Times are every 1/fps seconds plus the end of the clip; if those are too many, or fps is None, max_frames
+    times evenly spaced from start to end.
 
     Raises:
       ValueError: duration, max_frames or fps is not positive.
@@ -54,11 +55,11 @@ def sample_seconds(duration: float, max_frames: int, fps: float | None = 2.0) ->
 
 
 def tracking_rates(video_fps: float, annotation_fps: float, max_fps: int = 10) -> list[int]:
-    """Returns the rates allowed for a tracking clip, ascending: multiples of the annotation's rate, at most
-    max_fps and the video's rate.
+    """Returns the sampling rates allowed for a tracking clip, in frames per second, ascending.
 
-    They divide the video's rate where that is whole, or NTSC's 1000/1001 of a whole number: the reference's
-    rule, which knows no other rates.
+    They are multiples of the annotation's rate, and at most max_fps and the video's rate. If the video's rate
+    is whole, or NTSC's 1000/1001 of a whole number, they must also divide it: the reference's rule, which
+    covers no other rates.
 
     Raises:
       ValueError: no such rate exists.
@@ -77,10 +78,10 @@ def tracking_rates(video_fps: float, annotation_fps: float, max_fps: int = 10) -
 
 def tracking_seconds(duration: float, max_frames: int, video_fps: float, annotation_fps: float,
                      max_fps: int = 10) -> np.ndarray:
-    """Returns float64[N] times at the densest allowed rate with which max_frames still span the clip.
+    """Returns float64[N] times in seconds at the highest allowed rate at which max_frames span the clip.
 
-    If even the sparsest does not, the first max_frames times of that rate. The last frame is not added.
-    (The paper says that tracking is sampled at 2 frames/s and cut: that is max_fps = 2.)
+    If even the lowest rate does not span it, the first max_frames times at that rate. The last frame is not
+    added. (The paper samples tracking clips at 2 frames/s and cuts them: use max_fps = 2.)
 
     Raises:
       ValueError: duration or max_frames is not positive, or no rate is allowed.
@@ -97,14 +98,14 @@ def tracking_seconds(duration: float, max_frames: int, video_fps: float, annotat
     return times[times < duration]
 
 
-# From time to frame
+# Times to frames
 
 
 def index(path) -> video_file.VideoIndex:
     """Returns the index of the video stream that players show.
 
     Raises:
-      MediaError: missing, empty, broken, or without video frames.
+      MediaError: the file is missing, empty, broken, or has no video frames.
     """
     with video_file.Reader(path) as reader:
         return reader.index()
@@ -113,7 +114,7 @@ def index(path) -> video_file.VideoIndex:
 def clip_span(index: video_file.VideoIndex, clip: tuple[float, float] | None) -> tuple[float, float]:
     """Returns (stream time at which the clip begins, duration of the clip), both in seconds.
 
-    The duration is the difference of the decimal numbers, correctly rounded: 1.0 of a clip from 1.2 to 2.2.
+    The duration is the correctly rounded difference of the decimal numbers: exactly 1.0 for 1.2 to 2.2.
 
     Raises:
       ValueError: the clip does not satisfy 0 <= start < end, start < duration.
@@ -129,7 +130,7 @@ def clip_span(index: video_file.VideoIndex, clip: tuple[float, float] | None) ->
 
 
 def _decimal(number: float) -> fractions.Fraction:
-    """Returns the shortest decimal number that is stored as this float: what a person wrote."""
+    """Returns the shortest decimal number that rounds to this float, as a person would have written it."""
     return fractions.Fraction(repr(float(number)))
 
 
@@ -137,12 +138,15 @@ def frames_at(index: video_file.VideoIndex, seconds: np.ndarray,
               clip: tuple[float, float] | None = None) -> np.ndarray:
     """Returns int64[N]: the frame on display at each time, counted from the start of the clip.
 
-    That is the last frame whose presentation time is at most ROUNDING_SECONDS after the time, so that a time
-    equal to a frame's shows that frame. Times outside the stream are moved to its first or last instant.
+    That is the last frame whose presentation time is at most ROUNDING_SECONDS after the given time, so a time
+    equal to a frame's shows that frame. Times outside the stream are moved to its start or end.
+
+    Raises:
+      ValueError: as `clip_span`.
     """
     clip_span(index, clip)  # checks the clip
     times = (clip[0] if clip else 0.0) + np.asarray(seconds, np.float64)
-    # The upper edge last: a stream may be shorter than both edges together.
+    # The upper bound last: a stream may be shorter than both margins together.
     times = np.minimum(np.maximum(times, EDGE_SECONDS), index.duration - EDGE_SECONDS)
     shown = np.searchsorted(index.elapsed, times + ROUNDING_SECONDS, side="right") - 1
     return np.maximum(shown, 0)
@@ -153,14 +157,14 @@ def frames_at(index: video_file.VideoIndex, seconds: np.ndarray,
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """Packets to decode in one go, first and last included; `wanted` are those whose frames are kept."""
+    """A range of packets to decode, inclusive; `wanted` are those whose frames are kept."""
     first: int
     last: int
     wanted: frozenset[int]
 
 
 def _runs(index: video_file.VideoIndex, frames: Iterable[int]) -> list[_Run]:
-    """Returns what to decode for ascending frames: a new run wherever a keyframe lets packets be left out."""
+    """Returns the runs to decode for ascending frames; a new run begins where a keyframe allows a gap."""
     runs = []
     for frame in frames:
         packet, start = int(index.packets[frame]), int(index.start[frame])
@@ -180,12 +184,12 @@ class _Picture:
 
 
 def _decode(reader: video_file.Reader, runs: Iterable[_Run]) -> Iterator[_Picture]:
-    """Yields decoded pictures in presentation order; of the unwanted ones only those that others need."""
+    """Yields decoded pictures in presentation order; unwanted ones only if other frames need them."""
     for run in runs:
         matrix = None
         for frame in _decode_run(reader, run):
             own = orientation.display_matrix(frame)
-            if own is not None or frame.key_frame:  # a message in the stream comes with its keyframes only
+            if own is not None or frame.key_frame:  # messages in the stream accompany keyframes only
                 matrix = own
             yield _Picture(frame, matrix)
 
@@ -195,7 +199,7 @@ def _decode_run(reader: video_file.Reader, run: _Run) -> Iterator[av.VideoFrame]
         reader.check_time()
         reader.codec.skip_frame = "DEFAULT" if place in run.wanted else "NONREF"
         yield from reader.codec.decode(packet)
-    yield from reader.codec.decode(None)  # what the decoder still holds back for reordering
+    yield from reader.codec.decode(None)  # frames that the decoder held back for reordering
     reader.codec.flush_buffers()
 
 
@@ -203,8 +207,8 @@ def _wanted(reader: video_file.Reader, index: video_file.VideoIndex,
             frames: Sequence[int]) -> Iterator[tuple[int, _Picture]]:
     """Yields (frame number, decoded picture) for ascending frame numbers.
 
-    Streams whose decoder does not hand out every frame that the packets promise are decoded from the
-    start, and the frame before takes the place of one that is missing, as on a screen.
+    If the decoder does not return every frame that the packets announce, the stream is decoded from its
+    start, and a missing frame is replaced by the previous one, as on a screen.
     """
     pending = list(frames)
     if index.timed:
@@ -232,58 +236,115 @@ def _wanted(reader: video_file.Reader, index: video_file.VideoIndex,
 def read(path, *, max_frames: int, fps: float | None = 2.0, clip: tuple[float, float] | None = None,
          seconds: np.ndarray | None = None, tracking_fps: float | None = None, max_tracking_fps: int = 10,
          size: tuple[int, int] | None = None, max_seconds: float = math.inf) -> types.Frames:
-    """Returns the frames of a video on display at the sampled times.
+    """Returns the frames of a video that are on display at the sampled times.
 
     Args:
-      max_frames, fps: as in sample_seconds; unused where `seconds` is given.
+      path: of a file; or a KeptVideo.
+      max_frames, fps: as in sample_seconds; unused if `seconds` is given.
       clip: (start, end) in seconds from the start of the video; None for all of it.
       seconds: times relative to the start of the clip, instead of sampled ones.
-      tracking_fps: the rate of annotated tracks: times are those of tracking_seconds, with at most
+      tracking_fps: the rate of annotated tracks; times are then those of tracking_seconds, with at most
         max_tracking_fps per second.
-      size: (rows, columns) to which each frame is resized as soon as it is decoded; None: source size.
-      max_seconds: the longest that this may take, looked at between two packets.
+      size: (rows, columns) to which each frame is resized as soon as it is decoded; None keeps its size.
+      max_seconds: time limit, checked between packets.
 
     Raises:
-      MediaError: the file is missing, empty, broken, without video, changes its frame size or takes too long.
-      ValueError: the clip does not lie in the video, or a limit is not positive.
+      MediaError: the file is missing, empty or broken, has no video, changes frame size or takes too long.
+      ValueError: the clip is not within the video, a limit is not positive, no tracking rate is allowed, or
+        there is no time to read.
+    """
+    def choose(contents):
+        duration = clip_span(contents, clip)[1]
+        times = seconds
+        if times is None:
+            times = _sampled(contents, duration, max_frames, fps, tracking_fps, max_tracking_fps)
+        times = np.asarray(times, np.float64)
+        if not len(times):
+            raise ValueError("at least one time must be read; got none")
+        return duration, times, frames_at(contents, times, clip)
+
+    if isinstance(path, kept_video.KeptVideo):
+        duration, times, frames = choose(path)
+        return types.Frames(pixels=path.pixels(frames, size), seconds=times, width=path.width,
+                            height=path.height, duration=duration, fps=path.fps)
+    with video_file.Reader(path, max_seconds) as reader:
+        contents = reader.index()
+        duration, times, frames = choose(contents)
+        pixels, (height, width) = _pixels(reader, contents, frames, size)
+    return types.Frames(pixels=pixels, seconds=times, width=width, height=height, duration=duration,
+                        fps=contents.fps)
+
+
+def _sampled(contents, duration: float, max_frames: int, fps: float | None, tracking_fps: float | None,
+             max_tracking_fps: int) -> np.ndarray:
+    """Returns the times at which training looks at a clip of `duration` seconds."""
+    if tracking_fps is None:
+        return sample_seconds(duration, max_frames, fps)
+    return tracking_seconds(duration, max_frames, contents.nominal_fps, tracking_fps, max_tracking_fps)
+
+
+def keep(path, *, name: str, max_frames: Sequence[int], fps: float, max_side: int, quality: int,
+         clip: tuple[float, float] | None = None, tracking_fps: float | None = None,
+         max_tracking_fps: int = 10, max_seconds: float = math.inf) -> kept_video.KeptVideo:
+    """Returns the frames of a video that `read` shows with any of the limits `max_frames`.
+
+    Args:
+      name: by which errors name the result.
+      max_side, quality: of the JPEGs, as in kept_video.to_jpeg.
+
+    Raises:
+      MediaError, ValueError: as read.
     """
     with video_file.Reader(path, max_seconds) as reader:
         contents = reader.index()
         duration = clip_span(contents, clip)[1]
-        if seconds is None and tracking_fps is not None:
-            seconds = tracking_seconds(duration, max_frames, contents.nominal_fps, tracking_fps,
-                                       max_tracking_fps)
-        elif seconds is None:
-            seconds = sample_seconds(duration, max_frames, fps)
-        seconds = np.asarray(seconds, np.float64)
-        if not len(seconds):
-            raise ValueError("at least one time must be read; got none")
-        frames = frames_at(contents, seconds, clip)
-        pixels, (height, width) = _pixels(reader, contents, frames, size)
-    return types.Frames(pixels=pixels, seconds=seconds, width=width, height=height, duration=duration,
-                        fps=contents.fps)
+        shown = [frames_at(contents, _sampled(contents, duration, most, fps, tracking_fps, max_tracking_fps),
+                           clip) for most in max_frames]
+        frames = np.unique(np.concatenate(shown))
+        jpegs, shape = {}, (0, 0)
+        for frame, rgb in _upright(reader, contents, frames.tolist()):
+            shape = rgb.shape[:2]
+            jpegs[frame] = kept_video.to_jpeg(rgb, max_side, quality)
+    elapsed = np.append(contents.elapsed, math.inf)
+    limits = " or ".join(map(str, max_frames))
+    rate = f"{fps:g} frames/s" if tracking_fps is None else f"tracks of {tracking_fps:g} points/s"
+    return kept_video.KeptVideo(
+        name=name, jpegs=tuple(jpegs[frame] for frame in frames.tolist()),
+        starts=tuple(elapsed[frames].tolist()),
+        stops=tuple(elapsed[frames + 1].tolist()), width=shape[1], height=shape[0], begin=contents.begin,
+        duration=contents.duration, length=contents.length, fps=contents.fps,
+        nominal_fps=contents.nominal_fps, rule=f"at most {limits} frames at {rate}")
 
 
 def _pixels(reader: video_file.Reader, contents: video_file.VideoIndex, frames: np.ndarray,
             size: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
-    """Returns uint8[N, rows, columns, 3] of frames, and the source's (height, width)."""
-    pixels, shape, before = None, None, 0
-    for frame, picture in _wanted(reader, contents, np.unique(frames).tolist()):
+    """Returns uint8[N, rows, columns, 3] of the frames, and (height, width) of the source."""
+    pixels, shape = None, (0, 0)
+    for frame, rgb in _upright(reader, contents, np.unique(frames).tolist()):
+        shape = rgb.shape[:2]
+        if size is not None:
+            rgb = pixels_lib.resize(rgb, *size)
+        if pixels is None:
+            pixels = np.empty((len(frames), *rgb.shape), np.uint8)
+        pixels[frames == frame] = rgb
+    return pixels, shape
+
+
+def _upright(reader: video_file.Reader, contents: video_file.VideoIndex,
+             frames: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields (frame number, uint8[H, W, 3]) for ascending frame numbers, all of one size."""
+    shape, before = None, 0
+    for frame, picture in _wanted(reader, contents, frames):
         rgb = orientation.upright_rgb(picture.frame, picture.matrix)
         shape = shape or rgb.shape
         if rgb.shape != shape:
             raise _changed_size(reader, contents, shape, (before, frame))
-        if size is not None:
-            rgb = image.resize(rgb, *size)
-        if pixels is None:
-            pixels = np.empty((len(frames), *rgb.shape), np.uint8)
-        pixels[frames == frame] = rgb
+        yield frame, rgb
         before = frame
-    return pixels, shape[:2]
 
 
 def _changed_size(reader, contents, shape, frames: tuple[int, int]) -> MediaError:
-    """Returns the error of a film that has `shape` at frames[0] and another at frames[1]."""
+    """Returns the error for a video that has `shape` at frames[0] and another one at frames[1]."""
     reader.codec.flush_buffers()
     between = range(frames[0] + 1, frames[1] + 1)
     keys = [frame for frame in between if contents.start[frame] == contents.packets[frame]]

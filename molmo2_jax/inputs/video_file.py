@@ -1,6 +1,6 @@
-"""A video file: the index of its frames, made from its packets alone, and its packets, from any place.
+"""A video file: an index of its frames built from packets alone, and random access to its packets.
 
-N frames. Ticks are the stream's own integer time units; places count packets in the file's order.
+N frames. Ticks are the stream's own integer time units; a place is a packet's number in file order.
 """
 
 import bisect
@@ -20,39 +20,40 @@ import numpy as np
 from av.format import Flags
 from av.stream import Disposition
 
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import file_kind
+from molmo2_jax.inputs import pixels as pixels_lib
 from molmo2_jax.inputs import truncation
 
-MediaError = image.MediaError
-MAX_FRAME_PIXELS = 2**26       # decoders refuse larger frames; 8K video has half of it
-HELD_BYTES = 16 * 2**20        # smaller files keep their packets in memory between the two passes
-SEEK_PACKETS = 32              # from so many unneeded packets on, a seek is cheaper than reading over them
-JUMP_SECONDS = 10              # longer gaps in time are those between parts that were joined (FFmpeg's value)
-BACK_SECONDS = fractions.Fraction(1, 10)  # and so are such steps back, at a keyframe also smaller ones
-INDEX_ENTRIES = 256            # of the end of an index, among which the one stored last must be
-FALLBACK_FPS = fractions.Fraction(25)  # of a single frame that states neither duration nor rate
+MediaError = pixels_lib.MediaError
+MAX_FRAME_PIXELS = 2**26       # decoders reject larger frames; 8K video has half as many
+HELD_BYTES = 16 * 2**20        # packets of smaller files stay in memory between both passes
+SEEK_PACKETS = 32              # from this many unneeded packets on, seeking is cheaper than reading
+JUMP_SECONDS = 10              # longer gaps separate parts that were joined (FFmpeg's value)
+BACK_SECONDS = fractions.Fraction(1, 10)  # so do steps back of this size; at a keyframe also smaller ones
+INDEX_ENTRIES = 256            # at the end of an index, which must include the frame stored last
+FALLBACK_FPS = fractions.Fraction(25)  # for a single frame with neither duration nor rate
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoIndex:
     """Every frame of a video in presentation order, known without decoding.
 
-    `start` is the packet from which decoding must begin so that the frame comes out whole. Width and height
-    are as coded, before a rotation flag is applied. Where packets do not carry the time of their frame
-    the stream is not `timed`, and the n-th frame that leaves the decoder is frame n.
+    `start` is the packet at which decoding must begin to get the frame complete. Width and height are as
+    coded, before any rotation flag. If packets do not carry their frame's time, the stream is not `timed`,
+    and the n-th frame that the decoder returns is frame n.
     """
-    seconds: np.ndarray    # float64[N], ascending
+    seconds: np.ndarray    # float64[N], ascending, presentation times
     ticks: np.ndarray      # int64[N]
-    packets: np.ndarray    # int64[N], place in the file's order
-    start: np.ndarray      # int64[N], place in the file's order
+    packets: np.ndarray    # int64[N], places
+    start: np.ndarray      # int64[N], places
     begin: float           # seconds
-    end: float             # seconds, of the last frame's display
+    end: float             # seconds, when the last frame's display ends
     width: int
     height: int
     fps: float             # average
     timed: bool = True
-    unit: fractions.Fraction | None = None    # seconds per tick; None where only `seconds` are known
-    length: fractions.Fraction | None = None  # seconds, exact; None where only begin and end are known
+    unit: fractions.Fraction | None = None    # seconds per tick; None if only `seconds` are known
+    length: fractions.Fraction | None = None  # seconds, exact; None if only begin and end are known
 
     @property
     def duration(self) -> float:
@@ -60,14 +61,14 @@ class VideoIndex:
 
     @property
     def elapsed(self) -> np.ndarray:
-        """float64[N] seconds since the first frame, to the last bit also where `seconds` are large."""
+        """float64[N] seconds since the first frame, exact to the last bit even if `seconds` are large."""
         if self.unit is None:
             return self.seconds - self.begin
         return (self.ticks - self.ticks[0]) * self.unit.numerator / self.unit.denominator
 
     @property
     def nominal_fps(self) -> float:
-        """The rate of the frames that follow each other without a gap; missing frames do not lower it."""
+        """The rate of consecutive frames without gaps between them; missing frames do not lower it."""
         gaps = np.diff(self.elapsed)
         if not len(gaps):
             return self.fps
@@ -77,7 +78,7 @@ class VideoIndex:
 
 
 def url(path) -> str:
-    """Returns the name by which FFmpeg opens a file; it would take what precedes a colon for a protocol."""
+    """Returns the name by which FFmpeg opens a file; it takes text before a colon for a protocol."""
     return "file:" + os.fsdecode(path)
 
 
@@ -91,15 +92,15 @@ def _best_stream(container):
 
 
 class Reader:
-    """An open file. Whatever FFmpeg finds wrong with it leaves as a MediaError naming the file."""
+    """An open file. Errors of FFmpeg are raised as MediaError with the file's name."""
 
     def __init__(self, path, max_seconds: float = math.inf):
         self.path = path
         self._late = time.monotonic() + max_seconds
         self._error = too_slow(path, max_seconds)
         self._held: list[av.Packet] | None = None
-        self._shifts: list[tuple[int, int]] = []  # first packet of each part but the first, ticks it is moved
-        self._marks: list[np.ndarray] = []  # ticks, place in bytes, size of each packet, if it can be sought
+        self._shifts: list[tuple[int, int]] = []  # (first place, added ticks) of each part after the first
+        self._marks: list[np.ndarray] = []  # ticks, byte offset, size of each packet, if seekable
 
     def __enter__(self) -> "Reader":
         if not os.path.isfile(self.path):
@@ -113,7 +114,8 @@ class Reader:
         try:
             self._container = av.open(url(self.path), metadata_errors="replace")
         except (av.FFmpegError, ValueError, OSError) as error:
-            raise MediaError(f"{self.path}: cannot be opened as a video: {_reason(error)}") from error
+            what = file_kind.describe(self.path) or _reason(error)
+            raise MediaError(f"{self.path}: cannot be opened as a video: {what}") from error
         try:
             self._open_stream()
         except Exception:
@@ -129,7 +131,7 @@ class Reader:
             raise MediaError(f"{self.path}: its video codec is unknown")
         self.codec.thread_count = 1
         self.codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
-        try:  # before skip_frame is ever set: some decoders read it only here
+        try:  # before skip_frame is set: some decoders read it only here
             self.codec.open(strict=False)
         except av.FFmpegError as error:
             raise MediaError(f"{self.path}: cannot be decoded: {_reason(error)}") from error
@@ -151,11 +153,15 @@ class Reader:
                 self.check_time()
                 if packet.size:
                     yield packet
-        except IndexError as error:  # PyAV's, when a damaged file brings up streams it had not announced
+        except IndexError as error:  # from PyAV, if a damaged file has unannounced streams
             raise MediaError(f"{self.path}: cannot be decoded: its streams change") from error
 
     def index(self) -> VideoIndex:
-        """Returns the index; reads all packets, and keeps those of a small file."""
+        """Returns the index; reads all packets, and keeps those of a small file.
+
+        Raises:
+          MediaError: the file is cut off, has no frames, or has impossible time stamps.
+        """
         rows, held, packet = [], [], None
         is_small = os.path.getsize(self.path) <= HELD_BYTES
         self._refuse(truncation.missing_end(self.path, self._container.format.name))
@@ -181,7 +187,7 @@ class Reader:
         return contents
 
     def _shift(self, place: int) -> int:
-        """Returns the ticks by which the part to which a packet belongs is moved."""
+        """Returns the ticks to add to the times of the part that contains a packet."""
         part = bisect.bisect_right(self._shifts, place, key=lambda one: one[0])
         return self._shifts[part - 1][1] if part else 0
 
@@ -196,7 +202,7 @@ class Reader:
             raise MediaError(f"{self.path}: cannot be decoded: it is cut off: {reason}")
 
     def between(self, first: int, last: int) -> Iterator[tuple[int, av.Packet]]:
-        """Yields (place, packet) from one place in the file's order to another, both included."""
+        """Yields (place, packet) from place `first` to place `last`, inclusive."""
         if self._held is not None:
             yield from enumerate(self._held[first:last + 1], first)
             return
@@ -212,7 +218,7 @@ class Reader:
                 return
 
     def _go_to(self, first: int) -> None:
-        """Makes the packet at place `first`, or one before it, the next to be read."""
+        """Moves to the packet at place `first`, or to one before it."""
         if first and self._marks:
             ticks, offsets, sizes = self._marks
             with contextlib.suppress(av.FFmpegError, StopIteration):
@@ -224,7 +230,7 @@ class Reader:
                 if len(places) == 1 and places[0] <= first:
                     self._source, self._next = itertools.chain((packet,), self._source), places[0]
                     return
-            self._marks = []  # a container that lands elsewhere does so again
+            self._marks = []  # a container that seeks elsewhere will do so again
             self._next = sys.maxsize
         if first < self._next:
             self._container.close()
@@ -232,16 +238,16 @@ class Reader:
 
 
 def too_slow(path, max_seconds: float) -> MediaError:
-    """Returns the error of a file that takes too long to read."""
+    """Returns the error for a file that takes too long to read."""
     return MediaError(f"{path}: must be read within {max_seconds:g} seconds (max_read_seconds)")
 
 
 def _joints(rows: Sequence[tuple], stream) -> list[tuple[int, int]]:
     """Returns (place of its first packet, ticks to add) of each part after the first of a joined stream.
 
-    Streams that may be joined from parts, as MPEG-TS, can begin their times anew or jump in them. Each part
-    then follows the one before without a gap, as in FFmpeg's programs: where decoding times go back, or
-    leave out more than JUMP_SECONDS.
+    In formats whose files may be joined from parts, such as MPEG-TS, times may restart or jump. A part begins
+    where decoding times go back, or skip more than JUMP_SECONDS; it then follows the previous part without a
+    gap, as in FFmpeg's programs.
     """
     if not stream.container.format.flags & Flags.ts_discont.value or any(row[0] is None for row in rows):
         return []
@@ -261,7 +267,11 @@ def _joints(rows: Sequence[tuple], stream) -> list[tuple[int, int]]:
 
 
 def _check_joined(raw: Sequence[tuple], moved: Sequence[tuple], stream) -> None:
-    """Raises ValueError where frames would be lost: MPEG program streams mix up the times around a joint."""
+    """Checks that no frames would be lost: MPEG program streams mix up the times around a joint.
+
+    Raises:
+      ValueError: two frames would have one time, or a packet's times are too far apart.
+    """
     far = JUMP_SECONDS / stream.time_base
     if (len({row[0] for row in moved}) < len(moved)
             or any(row[6] is not None and abs(row[0] - row[6]) > far for row in raw)):
@@ -269,9 +279,9 @@ def _check_joined(raw: Sequence[tuple], moved: Sequence[tuple], stream) -> None:
 
 
 def _missing_packets(path, stream, last: av.Packet | None) -> str | None:
-    """Returns why packets must be missing after the last one that was read, or None."""
+    """Returns why packets must be missing after the last one read, or None."""
     name, size = stream.container.format.name, os.path.getsize(path)
-    if last is not None and last.is_corrupt and name != "mpegts":  # there, the mark of any lost packet
+    if last is not None and last.is_corrupt and name != "mpegts":  # where it marks any lost packet
         return "its last frame is not whole"
     if name.startswith("mov,"):
         end = max((entry.pos + entry.size for entry in stream.index_entries[-INDEX_ENTRIES:]), default=0)
@@ -285,7 +295,7 @@ def _reason(error) -> str:
 
 
 def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
-    """Returns the index of packets (ticks, duration in ticks, is keyframe, is never shown, ...) in order."""
+    """Returns the index of packets, each (ticks, duration in ticks, is keyframe, is never shown, ...)."""
     rate, unit = stream.average_rate or stream.guessed_rate, stream.time_base
     packets = np.array([place for place, row in enumerate(rows) if not row[3]], np.int64)
     if not len(packets):
@@ -296,7 +306,7 @@ def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
         ticks, first = np.unique([rows[place][0] for place in packets], return_index=True)
         packets = packets[first]
         last = rows[packets[-1]][1] or 0
-        # AVI stores the order of decoding only; FFmpeg's guess at the order of display can be wrong.
+        # AVI stores the decoding order only; FFmpeg's guess of the display order can be wrong.
         timed = stream.container.format.name != "avi" or not stream.codec_context.has_b_frames
     keys = [place for place, row in enumerate(rows) if row[2]] if timed else []
     seconds = ticks.astype(np.float64) * unit.numerator / unit.denominator
@@ -317,7 +327,7 @@ def _index_of(rows: Sequence[tuple], stream) -> VideoIndex:
 def _starts(ticks, packets, keys, key_ticks) -> np.ndarray:
     """Returns int64[N]: for each frame the last keyframe neither shown nor stored after it, else packet 0.
 
-    A frame stored behind a keyframe but shown before it leans on what came before that keyframe.
+    A frame stored after a keyframe but shown before it depends on frames before that keyframe.
     """
     if not len(keys):
         return np.zeros(len(ticks), np.int64)

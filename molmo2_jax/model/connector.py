@@ -20,9 +20,9 @@ def gather_windows(features_BMPA, pooled_BRW):
     B, M, P, A = features_BMPA.shape
     valid_BRW = pooled_BRW >= 0
     flat = features_BMPA.reshape(B, M * P, A)
-    windows = jnp.take_along_axis(flat[:, :, None], jnp.maximum(pooled_BRW, 0).reshape(B, -1, 1, 1), axis=1)
-    windows = windows.reshape(*pooled_BRW.shape, A)
-    return jnp.where(valid_BRW[..., None], windows, 0), valid_BRW
+    gathered = jnp.take_along_axis(flat[:, :, None], jnp.maximum(pooled_BRW, 0).reshape(B, -1, 1, 1), axis=1)
+    windows_BRWA = gathered.reshape(*pooled_BRW.shape, A)
+    return jnp.where(valid_BRW[..., None], windows_BRWA, 0), valid_BRW
 
 
 def masked_mean(windows_BRWA, valid_BRW):
@@ -32,11 +32,12 @@ def masked_mean(windows_BRWA, valid_BRW):
 
 
 def pool_attention(q_BRNH, k_BRWNH, v_BRWNH, valid_BRW):
-    """Returns [B, R, N, H]: one query per window over its filled slots; finite for empty windows."""
-    q = q_BRNH * q_BRNH.shape[-1] ** -0.5
-    s = jnp.einsum("BRNH,BRWNH->BRNW", q, k_BRWNH, preferred_element_type=jnp.float32)
-    s = jnp.where(valid_BRW[:, :, None], s, -1e30)
-    return jnp.einsum("BRNW,BRWNH->BRNH", jax.nn.softmax(s, axis=-1).astype(v_BRWNH.dtype), v_BRWNH)
+    """Returns [B, R, N, H]: one query per window attends to its filled slots; finite for empty windows."""
+    q_BRNH = q_BRNH * q_BRNH.shape[-1] ** -0.5
+    s_BRNW = jnp.einsum("BRNH,BRWNH->BRNW", q_BRNH, k_BRWNH, preferred_element_type=jnp.float32)
+    s_BRNW = jnp.where(valid_BRW[:, :, None], s_BRNW, -1e30)
+    p_BRNW = jax.nn.softmax(s_BRNW, axis=-1).astype(v_BRWNH.dtype)
+    return jnp.einsum("BRNW,BRWNH->BRNH", p_BRNW, v_BRWNH)
 
 
 class Pooling(nn.Module):
@@ -59,8 +60,11 @@ class Pooling(nn.Module):
         split = ("embed", "vision_heads", "head_dim")
         q_BRNH = linear("q", heads, split)(masked_mean(windows_BRWA, valid_BRW))
         k_BRWNH, v_BRWNH = (linear(name, heads, split)(windows_BRWA) for name in ("k", "v"))
+        pooled_BRNH = pool_attention(q_BRNH, k_BRWNH, v_BRWNH, valid_BRW)
+        if not c.has_output:
+            return pooled_BRNH.reshape(*pooled_BRNH.shape[:2], width)
         return linear("o", (c.num_heads, c.head_dim, width), ("vision_heads", "head_dim", "embed"), 2)(
-            pool_attention(q_BRNH, k_BRWNH, v_BRWNH, valid_BRW))
+            pooled_BRNH)
 
 
 class Connector(nn.Module):
@@ -72,9 +76,9 @@ class Connector(nn.Module):
     @nn.compact
     def __call__(self, features_BMPA, pooled_BRW):
         c = self.config
-        # A window may lie in any crop of its row: features of a row come together, then windows are divided.
+        # A window may pool patches of any crop of its row: gather a row's features, then shard its windows.
         features_BMPA = sharding.constrain(features_BMPA, "rows", None, None, None)
         pooled_BRW = sharding.constrain(pooled_BRW, "rows", "crops", None)
-        pooled = Pooling(c, self.dtype, name="pool")(features_BMPA, pooled_BRW)
+        pooled_BRA = Pooling(c, self.dtype, name="pool")(features_BMPA, pooled_BRW)
         return layers.SwiGLU(c.num_heads * c.head_dim, c.mlp_width, self.width_out, c.init_std, c.init_std,
-                             self.dtype, "vision_mlp", name="project")(pooled)
+                             self.dtype, "vision_mlp", name="project")(pooled_BRA)

@@ -1,22 +1,27 @@
-"""Pictures of what the model saw and said."""
+"""Pictures of the model's inputs and answers."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import pixels as pixels_lib
 from molmo2_jax.inputs import video as videos
+from molmo2_jax.render import moments
 from molmo2_jax.render import pictures
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4")
-_MOST_FRAMES = 400    # of an animation
-_SHORT_SIDE = 480     # pixels, of frames read for drawing, at most
-_CLOSE = 1e-3         # seconds between a point's time and a frame that are the same
+_MOST_FRAMES = {".gif": 400, ".mp4": 3000}   # in an animation
+_AT_ONCE = 32         # frames in memory
+_SHORT_SIDE = 480     # pixels, at most, of frames read for drawing
 
 
 def suffix(path: str) -> str:
-    """Returns the suffix of a picture to write. Raises ValueError if it is none of SUFFIXES."""
+    """Returns the suffix, in lower case, of a picture to write.
+
+    Raises:
+      ValueError: the suffix is not one of SUFFIXES.
+    """
     found = pathlib.Path(path).suffix.lower()
     if found not in SUFFIXES:
         raise ValueError(f"--render must end in one of {', '.join(SUFFIXES)}; got {path!r}")
@@ -27,32 +32,34 @@ def save_answer(answer, path: str, *, video: str | None = None, images: Sequence
                 fps: float = 8.0) -> None:
     """Draws the points of a generate.Answer on its media and writes them to `path`.
 
-    A still picture shows the times (or the images) that the answer names; .gif and .mp4 play the whole video
-    at `fps`, with each point from its time until the next time that the answer names.
+    A still picture shows the times (or images) that the answer names; .gif and .mp4 play the whole video at
+    `fps`, or fewer if it is long, with points at their times and tracks that run along (moments.marks_at).
 
     Raises:
-      ValueError: the suffix is none of SUFFIXES, or the media cannot be read.
+      ValueError: the suffix is not one of SUFFIXES.
+      MediaError: the media cannot be read.
     """
     kind = suffix(path)
     by_index: dict[float, list[pictures.Mark]] = {}
     for point in answer.points:
         by_index.setdefault(point.index, []).append((point.id, point.x, point.y))
     if video is not None and kind in (".gif", ".mp4"):
-        drawn, rate = _play(video, by_index, fps), fps
+        drawn, rate = _play(video, answer.points, fps, _MOST_FRAMES[kind])
     elif video is not None:
         drawn, rate = _stills(video, by_index), 1.0
     else:
-        drawn = [pictures.draw(image.load(one), predicted=by_index.get(number, ()),
+        drawn = [pictures.draw(pixels_lib.load(one), predicted=by_index.get(number, ()),
                                label=f"image {number}" if len(images) > 1 else "")
                  for number, one in enumerate(images, 1)]
         rate = 1.0
     _write(path, kind, drawn, rate)
 
 
-def _write(path: str, suffix: str, drawn: list[np.ndarray], fps: float) -> None:
+def _write(path: str, suffix: str, drawn: Iterable[np.ndarray], fps: float) -> None:
     if suffix == ".mp4":
         pictures.write_video(path, drawn, fps)
         return
+    drawn = list(drawn)
     kind = {".jpg": "JPEG", ".jpeg": "JPEG"}.get(suffix, suffix[1:].upper())
     if suffix == ".gif":
         data = pictures.animation(drawn, 1 / fps)
@@ -62,7 +69,7 @@ def _write(path: str, suffix: str, drawn: list[np.ndarray], fps: float) -> None:
 
 
 def _read(video: str, seconds) -> tuple[np.ndarray, float]:
-    """Returns (uint8[N, H, W, 3], the factor by which the frames were reduced)."""
+    """Returns (uint8[N, H, W, 3], the factor by which the frames were scaled)."""
     source = videos.read(video, max_frames=1, seconds=np.zeros(1)).pixels[0]
     factor = min(1.0, _SHORT_SIDE / min(source.shape[:2]))
     size = tuple(max(1, round(side * factor)) for side in source.shape[:2])
@@ -81,13 +88,18 @@ def _stills(video: str, by_index) -> list[np.ndarray]:
             for second, pixels, points in zip(seconds, frames, marks)]
 
 
-def _play(video: str, by_index, fps: float) -> list[np.ndarray]:
+def _play(video: str, points, fps: float, most: int) -> tuple[Iterator[np.ndarray], float]:
+    """Returns (frames with what is to be seen at their times, frames per second)."""
     duration = videos.index(video).duration
-    seconds = np.arange(0, duration, max(1 / fps, duration / _MOST_FRAMES))
-    frames, factor = _read(video, seconds)
-    named, drawn = np.array(sorted(by_index)), []
-    for second, pixels in zip(seconds, frames):
-        passed = named[named <= second + _CLOSE]
-        marks = _scaled(by_index[passed[-1]], factor) if len(passed) else ()
-        drawn.append(pictures.draw(pixels, predicted=marks, label=f"{second:.1f} s"))
-    return drawn
+    seconds = np.arange(0, duration, max(1 / fps, duration / most))
+
+    def drawn() -> Iterator[np.ndarray]:
+        for start in range(0, len(seconds), _AT_ONCE):
+            frames, factor = _read(video, seconds[start:start + _AT_ONCE])
+            for second, pixels in zip(seconds[start:], frames):
+                trails = {name: [(x * factor, y * factor) for x, y in places]
+                          for name, places in moments.trails_at(points, second).items()}
+                yield pictures.draw(pixels, predicted=_scaled(moments.marks_at(points, second), factor),
+                                    trails=trails, label=f"{second:.1f} s")
+
+    return drawn(), min(fps, most / duration)

@@ -1,18 +1,20 @@
-"""Curves as inline SVG that follows the page's colours, light or dark."""
+"""Curves and histograms as inline SVG in the page's colours, light or dark."""
 
 import html
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 WIDTH, HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 74, 28, 14, 50
 _MOST_POINTS = 400
+_BAR_WIDTH, _BAR_HEIGHT = 240, 60
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Returns round numbers from `low` to `high`, at most `most` of them."""
+    """Returns at most `most` round numbers between `low` and `high`."""
     span = high - low
     if not (math.isfinite(span) and span > 0):
         return [low]
@@ -26,7 +28,7 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
-    """Returns float64[N]: a mean over as many neighbours on both sides, `share` of the length at most."""
+    """Returns float64[N]: centred means over at most `share` of the length N on each side."""
     place = np.arange(len(values))
     reach = np.minimum(max(1, round(len(values) * share)), np.minimum(place, place[::-1]))
     total = np.concatenate([[0.0], np.cumsum(values)])
@@ -34,15 +36,17 @@ def smooth(values: np.ndarray, share: float = 0.03) -> np.ndarray:
 
 
 def is_noisy(values: np.ndarray) -> bool:
-    """Returns whether a curve is worth smoothing: long, and far from its own mean over neighbours."""
+    """Returns whether a curve needs smoothing: it is long, and far from its own moving mean."""
     return len(values) > 20 and float(np.std(values - smooth(values))) > 0.005 * float(np.ptp(values))
 
 
-def curves_svg(curves: Mapping[str, Sequence[tuple[float, float]]], *, x_label: str = "step",
-               y_label: str = "loss", is_log: bool = False) -> str:
-    """Returns a chart of named curves, noisy ones pale with a smoothed one; points not finite are left out.
+def curves_svg(curves: Mapping[str, Sequence[tuple[float, float]]],
+               bands: Mapping[str, Sequence[tuple[float, float, float]]] = MappingProxyType({}), *,
+               x_label: str = "step", y_label: str = "loss", is_log: bool = False) -> str:
+    """Returns a chart of named curves; noisy ones are pale under a smoothed curve.
 
-    y_label is for readers who do not see; the page names the chart.
+    `bands` are areas (x, low, high) behind the curves of their names, which are then drawn as they are.
+    Non-finite points are dropped. y_label is for screen readers; the page shows the chart's title.
 
     Raises:
       ValueError: no curve has a finite point.
@@ -55,15 +59,24 @@ def curves_svg(curves: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
             clean[name] = points
     if not clean:
         raise ValueError(f"a chart needs a curve with a finite point; got {list(curves)}")
-    place = _Axes(clean, is_log)
+    areas = {}
+    for name, triples in bands.items():
+        area = np.array(sorted(triples), np.float64).reshape(-1, 3)
+        area = area[np.isfinite(area).all(1) & ((area[:, 1] > 0) | (not is_log))]
+        if name in clean and len(area):
+            areas[name] = area
+    edges = [area[:, [0, column]] for area in areas.values() for column in (1, 2)]
+    place = _Axes([*clean.values(), *edges], is_log)
     parts = [*place.grid(), _text(_LEFT + place.width / 2, HEIGHT - 6, x_label, "middle")]
     for number, (name, points) in enumerate(clean.items()):
         colour = f"var(--curve{number % 4})"
-        if is_noisy(points[:, 1]):
+        if name in areas:
+            parts.append(place.area(areas[name], colour))
+        elif is_noisy(points[:, 1]):
             parts.append(place.path(points, colour, 1, 0.3))
             points = np.column_stack([points[:, 0], smooth(points[:, 1])])
         parts.append(place.path(points, colour, 2.2, 1))
-        if len(clean) == 1:  # the page names the chart
+        if len(clean) == 1:  # the page shows its title
             continue
         x, y = _LEFT + place.width - 8, _TOP + 16 + 18 * number
         parts += [f'<path d="M{x - 22} {y - 5}H{x}" stroke="{colour}" stroke-width="3"/>',
@@ -72,16 +85,42 @@ def curves_svg(curves: Mapping[str, Sequence[tuple[float, float]]], *, x_label: 
             f'{html.escape(x_label)}" class="chart">{"".join(parts)}</svg>')
 
 
+def histogram_svg(counts: Sequence[int], edges: Sequence[float], label: str) -> str:
+    """Returns bars of `counts`, one between each two neighbours of `edges`, with both ends of the range.
+
+    Raises:
+      ValueError: there are no counts, or not one more edge than counts.
+    """
+    if not counts or len(edges) != len(counts) + 1:
+        raise ValueError("a histogram needs at least one count, and one more edge than counts; "
+                         f"got {len(counts)} counts and {len(edges)} edges")
+    width, height, tallest = _BAR_WIDTH / len(counts), _BAR_HEIGHT, max(*counts, 1)
+    bars = "".join(
+        f'<rect class="bin" x="{place * width:.1f}" y="{height * (1 - count / tallest):.1f}" '
+        f'width="{max(width - 1, 1):.1f}" height="{height * count / tallest:.1f}">'
+        f"<title>{edges[place]:.4g} to {edges[place + 1]:.4g}: {count}</title></rect>"
+        for place, count in enumerate(counts))
+    return (f'<svg viewBox="0 0 {_BAR_WIDTH} {height + 18}" role="img" aria-label="{html.escape(label)}" '
+            f'class="chart">{bars}{_text(0, height + 15, f"{edges[0]:.4g}", "start")}'
+            f'{_text(_BAR_WIDTH, height + 15, f"{edges[-1]:.4g}", "end")}</svg>')
+
+
 def _text(x, y, text, anchor) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="15">{html.escape(text)}</text>'
 
 
-class _Axes:
-    """Maps values to places in the chart."""
+def _thinned(points: np.ndarray) -> np.ndarray:
+    """Returns at most about `_MOST_POINTS` rows, the last one among them."""
+    step = -(-len(points) // _MOST_POINTS)
+    return points if step <= 1 else np.concatenate([points[::step], points[-1:]])
 
-    def __init__(self, curves: Mapping[str, np.ndarray], is_log: bool):
+
+class _Axes:
+    """Maps values to positions in the chart."""
+
+    def __init__(self, curves: Sequence[np.ndarray], is_log: bool):
         self._log = is_log
-        points = np.concatenate(list(curves.values()))
+        points = np.concatenate(curves)
         values = self._value(points[:, 1])
         low, high = float(values.min()), float(values.max())
         pad = (high - low) * 0.04 or 0.5
@@ -112,9 +151,14 @@ class _Axes:
             parts.append(_text(self.x(value), HEIGHT - _BOTTOM + 20, f"{value:g}", "middle"))
         return parts
 
+    def _line(self, points: np.ndarray) -> str:
+        return "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points)
+
+    def area(self, area: np.ndarray, colour: str) -> str:
+        kept = _thinned(area)
+        around = np.concatenate([kept[:, [0, 1]], kept[::-1][:, [0, 2]]])
+        return f'<path d="M{self._line(around)}Z" fill="{colour}" fill-opacity="0.18" stroke="none"/>'
+
     def path(self, points: np.ndarray, colour: str, width: float, opacity: float) -> str:
-        step = -(-len(points) // _MOST_POINTS)
-        kept = points[::step] if step == 1 else np.concatenate([points[::step], points[-1:]])
-        line = "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in kept)
-        return (f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="{width}" '
-                f'stroke-opacity="{opacity}" stroke-linejoin="round"/>')
+        return (f'<path d="M{self._line(_thinned(points))}" fill="none" stroke="{colour}" '
+                f'stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"/>')

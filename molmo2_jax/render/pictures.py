@@ -1,15 +1,16 @@
 """Points, tracks and masks drawn on frames; frames as contact sheets, animations and video files.
 
-H x W source pixels, h x w pixels drawn. Marks are given in source pixels; ids are texts, as read from
+H x W source pixels, h x w drawn pixels, N frames. Marks are in source pixels; ids are strings, as parsed from
 answers, and keep their colour from frame to frame.
 """
 
 import base64
 import fractions
 import io
+import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import av
 import numpy as np
@@ -20,11 +21,11 @@ from PIL import ImageFont
 
 from molmo2_jax.inputs import video_file
 
-# Distinct on light and dark ground, also for most colour-blind readers.
+# Distinct on light and dark backgrounds, also for most colour-blind readers.
 COLOURS = ((255, 92, 92), (64, 156, 255), (255, 190, 40), (60, 200, 120), (190, 120, 255), (255, 130, 200),
            (40, 200, 210), (200, 150, 90))
-SHORT_SIDE = 288          # pixels, of a drawn frame, at least
-_SMOOTH = 3               # marks are drawn this many times larger, then reduced
+SHORT_SIDE = 288          # pixels, at least, of a drawn frame
+_SMOOTH = 3               # marks are drawn this many times larger, then scaled down
 _INK, _PAPER = (24, 28, 36), (255, 255, 255)
 
 XY = tuple[float, float]
@@ -32,23 +33,24 @@ Mark = tuple[str, float, float]  # id, x, y
 
 
 def colour(name: str) -> tuple[int, int, int]:
-    """Returns the colour of an id; ids "1" ... "8" are all different."""
+    """Returns the colour of an id; those of "1" ... "8" all differ."""
     number = int(name) - 1 if name.isdecimal() else zlib.crc32(name.encode())
     return COLOURS[number % len(COLOURS)]
 
 
 def scale_of(pixels: np.ndarray, short_side: int = SHORT_SIDE) -> float:
-    """Returns the factor by which a frame is enlarged so that its shorter side has short_side pixels."""
+    """Returns the factor >= 1 that enlarges a frame's shorter side to at least short_side pixels."""
     return max(1.0, short_side / min(pixels.shape[:2]))
 
 
 def draw(pixels: np.ndarray, *, predicted: Sequence[Mark] = (), true: Sequence[Mark] = (),
          masks: Sequence[tuple[str, np.ndarray]] = (), trails: Mapping[str, Sequence[XY]] | None = None,
          label: str = "", short_side: int = SHORT_SIDE) -> np.ndarray:
-    """Returns uint8[h, w, 3]: the frame, enlarged, with predicted points as crosses and true ones as rings.
+    """Returns uint8[h, w, 3]: the enlarged frame with predicted points as crosses and true ones as rings.
 
-    masks: (id, bool[H, W]), drawn as a tint with an outline. trails: where an object was before.
-    label: written into the upper left corner.
+    masks: (id, bool[H, W]), drawn as a tint with an outline.
+    trails: id -> earlier positions of an object.
+    label: text in the upper left corner.
     """
     scale = scale_of(pixels, short_side)
     height, width = (round(side * scale) for side in pixels.shape[:2])
@@ -137,7 +139,7 @@ def track(frames: np.ndarray, tracked: Sequence[Mapping[str, XY]], *,
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int | None = None, gap: int = 8,
                   ground: tuple[int, int, int] = (30, 34, 42)) -> np.ndarray:
-    """Returns uint8[h, w, 3]: pictures in rows, each centred in a cell of the largest one's size.
+    """Returns uint8[h, w, 3]: pictures in rows, each centred in a cell of the largest picture's size.
 
     Raises:
       ValueError: there is no picture.
@@ -158,14 +160,14 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int | None = None, ga
 
 
 def encode(picture: np.ndarray, kind: str = "PNG") -> bytes:
-    """Returns a still picture as a PNG, JPEG or WEBP file."""
+    """Returns a still picture encoded as PNG, JPEG or WEBP."""
     out = io.BytesIO()
     Image.fromarray(picture).save(out, kind, **({} if kind == "PNG" else {"quality": 88}))
     return out.getvalue()
 
 
 def animation(pictures: Sequence[np.ndarray], seconds: float | Sequence[float], kind: str = "GIF") -> bytes:
-    """Returns an endless animation as a GIF, PNG (animated) or WEBP file; `seconds` per picture or for each.
+    """Returns a looping animation as GIF, animated PNG or WEBP; `seconds` for all pictures, or for each.
 
     Raises:
       ValueError: there is no picture.
@@ -181,20 +183,22 @@ def animation(pictures: Sequence[np.ndarray], seconds: float | Sequence[float], 
     return out.getvalue()
 
 
-def write_video(path, pictures: Sequence[np.ndarray], fps: float) -> None:
-    """Writes an H.264 file; sides are cut to even numbers of pixels.
+def write_video(path, pictures: Iterable[np.ndarray], fps: float) -> None:
+    """Writes an H.264 file; sides are cut to an even number of pixels.
 
     Raises:
       ValueError: there is no picture.
     """
-    if not pictures:
+    coming = iter(pictures)
+    first = next(coming, None)
+    if first is None:
         raise ValueError("a video needs at least one picture; got none")
-    height, width = (side // 2 * 2 for side in pictures[0].shape[:2])
+    height, width = (side // 2 * 2 for side in first.shape[:2])
     with av.open(video_file.url(path), "w") as container:
         rate = fractions.Fraction(fps).limit_denominator(1000)
         stream = container.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "veryfast"})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for picture in pictures:
+        for picture in itertools.chain([first], coming):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -1,4 +1,4 @@
-"""One packed row as what it is: message trees, laid out flat, and the attention mask they make.
+"""Draws a packed row as its message trees, and the attention mask of the row.
 
 T tokens of the row.
 """
@@ -12,14 +12,14 @@ import numpy as np
 from molmo2_jax import types
 from molmo2_jax.render import pictures
 
-WIDTH = 1040                     # of the drawing, in its own units
+WIDTH = 1040                     # of the drawing, in SVG units
 _LARGEST_MASK = 1024             # pixels per side
 _VISUAL, _PAD, _HIDDEN = (46, 134, 193), (128, 136, 150), (0, 0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Consecutive tokens of one branch of one example, first and one past the last."""
+    """Consecutive tokens [start, stop) of one branch of one example."""
     start: int
     stop: int
     example: int   # -1: padding
@@ -40,7 +40,7 @@ def runs(batch: types.Batch, row: int) -> list[Run]:
 
 
 def tree_svg(batch: types.Batch, row: int, read: Callable[[list[int]], str]) -> str:
-    """Returns an SVG of one row: the row to scale, then each example as its root with branches.
+    """Returns an SVG of one row: the row to scale, then each example as a root with branches.
 
     read: token ids -> text, up to the first end of a turn.
     """
@@ -98,11 +98,11 @@ def _look(kind: str, run: Run) -> tuple[str, float]:
 
 
 def _strip(batch: types.Batch, row: int, found: list[Run]) -> Iterator[str]:
-    """Yields the row to scale, with its length."""
+    """Yields the drawing of the row to scale, with how much of it is used."""
     total = found[-1].stop
     used = sum(run.length for run in found if run.example >= 0)
     patches = np.asarray(batch.patches[row])
-    crops = int(patches.reshape(len(patches), -1).any(1).sum())
+    crops = int(patches.any(axis=(1, 2)).sum())
     yield _text(0, 14, f"one row: {used} of {total} tokens used, {crops} of {len(patches)} crops", 14,
                 extra='class="strong"')
     for run in found:
@@ -149,7 +149,7 @@ def _example(batch, row, found: list[Run], y: float, read) -> tuple[list[str], f
 
 
 def _excerpt(batch, row, run: Run, read, limit: int = 92) -> str:
-    """Returns "question → answer" of a branch, each cut where it is too long."""
+    """Returns "question → answer" of a branch, each shortened if too long."""
     place = slice(run.start, run.stop)
     asked = read(np.asarray(batch.tokens[row][place]).tolist()).split("<|im_end|>")[0]
     learnt = np.asarray(batch.weights[row][place]) > 0
@@ -164,10 +164,10 @@ def _cut(text: str, length: int) -> str:
 
 
 def mask_picture(batch: types.Batch, row: int, stop: int | None = None) -> np.ndarray:
-    """Returns uint8[s, s, 3]: who (row) sees whom (column) among the first `stop` tokens of a row.
+    """Returns uint8[s, s, 3]: which keys (columns) each query (row) attends to, for the first `stop` tokens.
 
-    Seen keys have the colour of their branch, roots grey, visual tokens blue; bright above the diagonal,
-    where only visual tokens see later ones. Long rows are drawn with every n-th token.
+    Attended keys have the colour of their branch, grey for roots, blue for visual tokens; pale blue above the
+    diagonal, where only visual tokens attend to later ones. Long rows are drawn with every n-th token.
     """
     end, group, branch = (np.asarray(x[row])[:stop] for x in (batch.end, batch.group, batch.branch))
     is_used = np.asarray(batch.example[row])[:stop] >= 0

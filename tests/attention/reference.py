@@ -1,4 +1,4 @@
-"""What the kernels are compared with: attention under the dense mask in float64, values and all gradients.
+"""The reference for the kernels: attention under the dense mask in float64, values and all gradients.
 
 B rows, T queries, S keys, N query heads, K key heads, G query heads per key head, H head width.
 """
@@ -9,19 +9,19 @@ import jax
 import numpy as np
 
 from molmo2_jax.attention import attend
-from molmo2_jax.attention import pallas_gpu
-from molmo2_jax.attention import pallas_tpu
+from molmo2_jax.attention import gpu
 from molmo2_jax.attention import tiling as tiling_lib
+from molmo2_jax.attention import tpu
 from molmo2_jax.attention import tree_mask
 
-TOLERANCE = 1e-5  # of float32 results of up to 10 (in proportion above); measured 6.9e-6
-ALL = tree_mask.MAX_TILES
-KERNELS = {"tpu": pallas_tpu.attend, "gpu": pallas_gpu.attend}
+TOLERANCE = 1e-5  # of float32 results up to 10 (scaled above); measured 6.9e-6
+ALL = tiling_lib.MAX_TILES
+KERNELS = {"tpu": tpu.attend, "gpu": gpu.attend}
 RINGS = {"tpu": ALL, "gpu": 0}  # on a TPU one fused pass for all gradients
 
 
 def exact(mask, q_BTNH, k_BSKH, v_BSKH, grad_BTNH):
-    """Returns float64 (out, dq, dk, dv). In float32 a reference would be as far from them as a kernel is."""
+    """Returns float64 (out, dq, dk, dv); the error of a float32 reference would be as large as a kernel's."""
     B, T, N, H = q_BTNH.shape
     K, visible_BTS = k_BSKH.shape[2], np.asarray(tree_mask.dense(mask))
     q_BTKGH, grad_BTKGH = (np.asarray(x, np.float64).reshape(B, T, K, N // K, H) for x in (q_BTNH, grad_BTNH))
@@ -45,7 +45,7 @@ def dense(q, k, v, mask):
 
 @functools.cache
 def kernel(platform, tiling):
-    """Returns a function (q, k, v, mask) -> out, the same one for the same arguments: it is compiled once."""
+    """Returns a function (q, k, v, mask) -> out, cached so that it is compiled once per arguments."""
     def run(q, k, v, mask):
         work = tiling_lib.prepare(mask, tree_mask.all_queries(mask), tiling)
         return KERNELS[platform](q, k, v, work, tiling)
@@ -66,7 +66,7 @@ def value_and_gradients(function, q, k, v, mask, grad):
 
 
 def assert_equal_to_dense(function, mask, q, k, v, grad):
-    """Compares a function's values and gradients in float32 with those of attention under the dense mask."""
+    """Asserts that float32 values and gradients equal those of attention under the dense mask."""
     got = value_and_gradients(function, q, k, v, mask, grad)
     wanted = exact(mask, q, k, v, grad)
     for name, one, other in zip(("out", "dq", "dk", "dv"), got, wanted):

@@ -1,4 +1,4 @@
-"""Masks of random packed rows: trees with videos, images or text, padding, and nothing but padding."""
+"""Masks of random packed rows: trees with videos, images or text, then padding; some rows are all padding."""
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def random_mask(seed: int, rows: int, length: int) -> tree_mask.TreeMask:
 
 
 def random_example(rng, length: int):
-    """Returns (which tokens of the root are visual, lengths of the branches)."""
+    """Returns (whether each token of the root is visual, lengths of the branches)."""
     inside = [False] * int(rng.integers(1, 4))
     for _ in range(rng.integers(0, 5)):
         inside += [False] * int(rng.integers(0, 4)) + [True] * int(rng.integers(1, max(2, length // 10)))
@@ -44,7 +44,7 @@ def random_example(rng, length: int):
 
 
 def random_tensors(seed: int, rows: int, length: int, num_heads: int, num_kv_heads: int, head_dim: int):
-    """Returns float32 queries, keys, values, and a gradient of the output."""
+    """Returns float32 queries, keys, values, and an output gradient."""
     rng = np.random.default_rng((seed, 1))
     return tuple(rng.standard_normal((rows, length, heads, head_dim), np.float32)
                  for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads))

@@ -8,6 +8,7 @@ import pytest
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import blocked
 from molmo2_jax.attention import tiling
+from molmo2_jax.attention import tiling as tiling_lib
 from molmo2_jax.attention import tree_mask
 from tests import packs
 
@@ -22,7 +23,7 @@ def dense(q, k, v, mask):
 
 
 def tiled(q, k, v, mask, tile):
-    how = tiling.Tiling(query_tile=tile, key_tile=tile, ring=tree_mask.MAX_TILES)
+    how = tiling.Tiling(query_tile=tile, key_tile=tile, ring=tiling_lib.MAX_TILES)
     return blocked.attend(q, k, v, tiling.prepare(mask, tree_mask.all_queries(mask), how), how)
 
 
@@ -70,6 +71,6 @@ def test_an_unknown_implementation_is_named():
 
 
 @pytest.mark.parametrize("implementation, device", [("pallas_tpu", "TPU"), ("pallas_gpu", "GPU")])
-def test_a_kernel_is_refused_where_its_device_is_not(implementation, device):
+def test_a_kernel_is_refused_on_another_platform(implementation, device):
     with pytest.raises(ValueError, match=f"'{implementation}' needs a {device}; got 'cpu'"):
         attend.plan(tree_mask.causal(1, 8), 2, 1, 8, implementation)

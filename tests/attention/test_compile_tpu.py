@@ -1,4 +1,4 @@
-"""Attention compiled for TPUs that are not there: it fits, grows with the length, and training picks it."""
+"""Attention compiled for TPUs without having one: it fits, memory is linear, and training selects it."""
 
 import collections
 import functools
@@ -20,7 +20,6 @@ from molmo2_jax import optim
 from molmo2_jax import sharding
 from molmo2_jax import state as state_lib
 from molmo2_jax import train
-from molmo2_jax import types
 from molmo2_jax.attention import attend
 from molmo2_jax.attention import tree_mask
 from molmo2_jax.model import text
@@ -35,12 +34,12 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
 @pytest.fixture(autouse=True)
 def no_other_process_is_waited_for(monkeypatch):
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # nor for a cloud that is not there
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # do not query the cloud's metadata server
 
 
 @pytest.fixture(autouse=True)
 def programs_for_tpus_are_not_kept():
-    """They cannot be read back where there is no TPU."""
+    """Disables the compilation cache, from which programs for an absent TPU cannot be loaded."""
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
@@ -71,6 +70,7 @@ def compiled_attention(topology, length, num_heads, num_kv_heads, head_dim):
 
 @needs_libtpu
 @pytest.mark.parametrize("topology, head_dim", [("v5e:2x2", 64), ("v6e:2x2", 72), ("tpu7x:2x2x1", 128)])
+@pytest.mark.slow(9)
 def test_kernels_compile_for_every_chip_and_head_size(topology, head_dim):
     compiled, size = compiled_attention(topology, 2560, 8, 8, head_dim)
     assert compiled.memory_analysis().temp_size_in_bytes < 20 * size
@@ -78,8 +78,8 @@ def test_kernels_compile_for_every_chip_and_head_size(topology, head_dim):
 
 @needs_libtpu
 @pytest.mark.slow(35)
-def test_temporary_memory_grows_with_the_length_and_no_faster():
-    """At 16,384 tokens the dense mask of one row would take 256 MiB per byte of an entry, scores 32 GiB."""
+def test_temporary_memory_is_linear_in_the_length():
+    """For 16,384 tokens the dense mask of a row would take 256 MiB per byte of an entry, scores 32 GiB."""
     sizes = [compiled_attention("v5p:2x2x1", length, 32, 8, 128)[0].memory_analysis().temp_size_in_bytes
              for length in (8192, 16_384)]
     assert sizes[1] < 400 * MIB
@@ -102,7 +102,7 @@ def lowered_train_step(devices, **fields):
     rows = packs.random_rows(0, MODEL, 1, LENGTH, M=4, R=16)
     with jax.set_mesh(devices):
         place = NamedSharding(devices, PartitionSpec())
-        batch = types.Batch(*(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in rows))
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), rows)
         state = state_lib.abstract(model, tx, devices)
         return jax.jit(functools.partial(train.train_step, model, tx, config)).lower(state, batch)
 
@@ -116,8 +116,8 @@ FORWARD, BACKWARD = "tree_attention", "tree_attention_gradients"
 
 @needs_libtpu
 @pytest.mark.slow(15)
-def test_training_picks_the_kernel_on_a_tpu_without_a_flag():
-    """The rest, with which a flag leaves the decoder, is attention among the patches of a crop."""
+def test_training_selects_the_kernel_on_a_tpu_by_default():
+    """The calls that remain with another implementation are attention among the patches of a crop."""
     without_a_flag, with_it = (collections.Counter(kernels(lowered_train_step(mesh("v5e:2x2"), **fields)))
                                for fields in ({}, {"attention": "blocked"}))
     assert without_a_flag - with_it == {FORWARD: 2, BACKWARD: 1}  # forward once more for remat
@@ -127,7 +127,7 @@ def test_training_picks_the_kernel_on_a_tpu_without_a_flag():
 @needs_libtpu
 @pytest.mark.slow(40)
 def test_the_compiled_decoder_runs_each_kernel_once_and_holds_nothing_quadratic():
-    """Where remat keeps what the forward kernel gave, the compiler drops its second run."""
+    """Where remat keeps the outputs of the forward kernel, the compiler drops its second run."""
     length = 4096
     decoder = text.Decoder(MODEL.text, "bfloat16", remat="attention")
     place = NamedSharding(mesh("v5e:2x2"), PartitionSpec())

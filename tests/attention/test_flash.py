@@ -1,4 +1,4 @@
-"""What must hold of the kernels of all platforms, which run here interpreted; one shape is compiled."""
+"""Properties of the kernels of all platforms, run here by the interpreter with one shape."""
 
 import jax
 import jax.numpy as jnp
@@ -81,10 +81,10 @@ def test_a_branch_in_a_pack_equals_root_and_branch_alone(platform):
     np.testing.assert_allclose(packed[:, kept], alone[:, :35], atol=reference.TOLERANCE, rtol=0)
 
 
-def test_rows_that_see_nothing_of_their_first_tile_are_right(platform):
-    """A query tile has the end of one example and the start of the next, with a timestamp in frames."""
+def test_queries_that_see_nothing_in_their_first_tile_are_right(platform):
+    """A query tile has the end of one example and the start of the next, with a timestamp between frames."""
     mask = tree([(36,), (28,)], visual=[*range(40, 44), *range(46, 60)])
-    classes = np.asarray(jax.jit(tree_mask.tile_classes, static_argnums=(1, 2))(mask, 16, 32))
+    classes = np.asarray(jax.jit(tiling_lib.tile_classes, static_argnums=(1, 2))(mask, 16, 32))
     seen = np.asarray(jax.jit(tree_mask.dense)(mask))[0]
     first = {row: 32 * int(np.flatnonzero(classes[0, row])[0]) for row in range(4)}
     assert any(not seen[16 * row:16 * row + 16, at:at + 32].any(1).all() for row, at in first.items())
@@ -93,7 +93,7 @@ def test_rows_that_see_nothing_of_their_first_tile_are_right(platform):
 
 
 def test_queries_at_the_end_of_a_row_and_single_ones_read_a_cache(platform):
-    """What prefill in pieces and decoding ask: T queries from position `first` on, over all keys."""
+    """As in chunked prefill and decoding: T queries from position `first` attend to all keys."""
     q, k, v, _ = rows.random_tensors(5, 2, S, N, K, H)
     mask = rows.random_mask(5, 2, S)
     whole, seen = jax.jit(reference.dense)(q, k, v, mask), jax.jit(tree_mask.dense)(mask)

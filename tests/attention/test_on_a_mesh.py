@@ -1,4 +1,4 @@
-"""Attention divided over devices, and inside the whole model, equals attention on one."""
+"""Attention sharded over devices, also inside the whole model, equals attention on one device."""
 
 import functools
 
@@ -49,6 +49,7 @@ def test_outputs_and_gradients_on_a_mesh_are_those_on_one_device(sizes, way, imp
             np.testing.assert_allclose(got, want, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.slow(6)
 def test_loss_and_gradients_of_the_whole_model_with_the_kernel_equal_the_dense_path():
     params, batch = packs.random_params(tiny.MODEL), tiny.batch(0)
 

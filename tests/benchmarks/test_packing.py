@@ -1,4 +1,4 @@
-"""What the benchmark of packing measures: our rule fills rows better and holds what it promises."""
+"""The packing benchmark: our rule fills rows better than the reference's and keeps its bound on waiting."""
 
 import pathlib
 
@@ -13,14 +13,14 @@ OURS = packers.OldestFirst()
 
 
 @pytest.mark.parametrize("name", ["sft", "long_context"])
-def test_rows_of_the_recipe_are_filled(name):
+def test_our_rule_fills_rows_of_the_recipe(name):
     result = packing.pack(packing.drawn(name, 1500, seed=0), OURS)
     assert result.efficiency >= GOAL
     assert result.longest_wait <= OURS.max_wait + OURS.buffer
     assert OURS.buffer <= 2 * packers.Knapsack().buffer
 
 
-def test_recorded_streams_are_packed_better_than_by_the_reference():
+def test_our_rule_packs_recorded_streams_better_than_the_reference():
     stream = packing.recorded(GOLDENS, 1500, seed=0)[-1]
     theirs, ours = packing.pack(stream, packers.Knapsack()), packing.pack(stream, OURS)
     assert theirs.efficiency + 0.02 < ours.efficiency <= packing.limit(stream)

@@ -6,8 +6,9 @@ import pytest
 from data_pipelines import annotations
 from data_pipelines import formats
 from data_pipelines import sources
-from data_pipelines import synthetic
 from data_pipelines.scoring import suite
+from data_pipelines.world import config as world_config
+from data_pipelines.world import write as world_write
 from molmo2_jax import types
 
 VIDEO = annotations.Scope(num_images=0, is_video=True, clip=(2.0, 4.0), sizes=((640, 480),))
@@ -78,8 +79,8 @@ def test_masks_say_where_they_are_and_decode_to_pixels():
 
 
 def test_annotations_are_the_same_after_pickling_and_share_the_masks_of_their_record(tmp_path):
-    path = synthetic.write(tmp_path, synthetic.quickstart_world(), 0, 6, "heldout", progress=False)
-    examples = sources.read_jsonl(path)
+    path = world_write.write(tmp_path, world_config.quickstart_world(), 0, 6, "heldout", progress=False)
+    examples = sources.examples(path.parent)
     again = pickle.loads(pickle.dumps(examples, pickle.HIGHEST_PROTOCOL))
     assert again == examples
     placed = [[one.masks for one in example.annotations if hasattr(one, "masks")] for example in again]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_pipelines import formats
-from data_pipelines import sources
+from data_pipelines import records
 from data_pipelines.formats import templates
 from molmo2_jax import types
 from molmo2_jax.inputs import points
@@ -32,7 +32,7 @@ def parse(tmp_path):
 
     def parsed(*annotations, images=None, **fields):
         media = {"images": images} if images else {"video": "v.mp4"}
-        return sources.parse_record(
+        return records.parse_record(
             {**media, "annotations": list(annotations), **fields}, tmp_path, key="f:1"
         )
 
@@ -265,7 +265,7 @@ def test_a_declared_size_must_be_that_of_the_media(parse):
 
 
 def test_media_that_do_not_fit_the_example_are_refused(parse):
-    with pytest.raises(ValueError, match="f:1: media must be its video"):
+    with pytest.raises(ValueError, match="f:1: media must match the record: a video"):
         turns(parse(video_points(0.0)), stills((640, 480)))
     with pytest.raises(ValueError, match="one size for each of its 1 images"):
         turns(parse(image_points(1), images=["a.png"]), stills((9, 9), (9, 9)))
@@ -395,6 +395,16 @@ def test_points_may_have_a_prompt_for_each_mode(parse):
         ("Point to the Red Cars.", "<"), ("How many red cars?", "1")}
 
 
+def test_some_uses_of_points_may_have_one_of_several_prompts(parse):
+    example = parse(video_points(0.5, prompt=["Cars?", "Click a car"], prompt_share=0.5))
+    asked = [turns(example, seed=seed, train=True, num_templates=1)[0][0] for seed in range(60)]
+    assert set(asked) == {"Cars?", "Click a car", "Point to the Red Cars."}
+    assert 15 < asked.count("Point to the Red Cars.") < 45
+    assert turns(example)[0][0] == "Cars?"   # outside training the first one
+    always = parse(video_points(0.5, prompt=["Cars?", "Click a car"]))
+    assert {turns(always, seed=seed, train=True)[0][0] for seed in range(20)} == {"Cars?", "Click a car"}
+
+
 def test_a_prompt_keeps_the_prefix_of_its_style(parse):
     [(question, _)] = turns(parse(tracks(CAT, mode="start_end", prompt="ends?")))
     assert question == "video_point_ground_start_end: ends?"
@@ -417,7 +427,7 @@ def test_annotations_may_be_turns_of_one_conversation_at_some_uses(parse):
     assert set(joined) == {(*points_first, "q", "a")}
     assert len(turns(example)) == 2 and turns(example)[1][0] == "vqa2: q"
     made = formats.format_example(example, media=frames(), rng=np.random.default_rng(4),
-                                   asking=formats.Asking())
+                                  asking=formats.Asking())
     weights = [branch.weight.scale for branch in made.branches]
     assert (weights, made.annotations) in (([0.2, 1.0], (0, 1)), ([0.2], (0,)))
 

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import pickle
 import shutil
 import signal
 
@@ -13,16 +14,17 @@ import pytest
 
 from data_pipelines import annotations
 from data_pipelines import formats
-from data_pipelines import ledger
 from data_pipelines import pipeline
-from data_pipelines import preparation
 from data_pipelines import sources
-from data_pipelines import stream
-from data_pipelines import synthetic
+from data_pipelines.stream import ledger
+from data_pipelines.stream import preparation
+from data_pipelines.stream import rows as stream_rows
+from data_pipelines.world import config as world_config
+from data_pipelines.world import write as world_write
 from molmo2_jax import config
 from molmo2_jax import types
 from molmo2_jax.inputs import packers
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.inputs import tokenizer as tokenizers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -38,9 +40,9 @@ SMALL = packers.OldestFirst(buffer=2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    world = dataclasses.replace(synthetic.quickstart_world(), frame_side=(32, 48))
-    return synthetic.write(tmp_path_factory.mktemp("world"), world, 0, NUM_EXAMPLES, "train",
-                           progress=False).parent
+    world = dataclasses.replace(world_config.quickstart_world(), frame_side=(32, 48))
+    return world_write.write(tmp_path_factory.mktemp("world"), world, 0, NUM_EXAMPLES, "train",
+                             progress=False).parent
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def data_config(folder, **fields):
 
 @pytest.fixture
 def make(folder, tokenizer):
-    """Makes iterators of small batches, and closes them when the test ends."""
+    """Returns a function that makes iterators of small batches; closes them after the test."""
     made = []
 
     def make_iterator(folder=folder, shard_index=0, shard_count=1, **fields):
@@ -71,13 +73,13 @@ def make(folder, tokenizer):
 
 @pytest.fixture(scope="module")
 def expected(folder, tokenizer):
-    """(batch, state behind it) of an uninterrupted run in one process without prefetching."""
+    """(batch, state after it) of an uninterrupted run in one process without prefetching."""
     iterator = pipeline.make_iterator(data_config(folder), MODEL, INPUTS, tokenizer)
     return [(next(iterator), iterator.get_state()) for _ in range(12)]
 
 
 def position(iterator, number=0):
-    """Returns where a stream stands."""
+    """Returns the position of a stream."""
     return json.loads(iterator.get_state()["positions"])[str(number)]
 
 
@@ -88,7 +90,7 @@ def assert_continues(iterator, expected):
 
 
 def copy_world(folder, target, change=lambda number, record: record):
-    """Copies a data folder; `change` returns what each line becomes: a record, text, or None for nothing."""
+    """Copies a data folder; `change` returns the new record or text of each line, or None to drop it."""
     shutil.copytree(folder, target)
     lines = []
     for number, line in enumerate((folder / "annotations.jsonl").read_text().splitlines()):
@@ -105,7 +107,7 @@ def test_batches_have_fixed_shapes_and_keep_every_invariant(expected):
     for batch, _ in expected:
         assert batch.tokens.shape == (2, 1024) and batch.pooled.shape == (2, 1024, 9)
         assert batch.patches.shape == (2, 24, 36, 48) and batch.patches.dtype == np.uint8
-        packing.check_invariants(batch)
+        rows_lib.check_invariants(batch)
         assert all((batch.weights[row] > 0).any() for row in range(2))
 
 
@@ -157,15 +159,15 @@ def test_hosts_that_share_streams_make_the_same_global_batches(make):
     alone = make(streams=2)
     hosts = [make(streams=2, shard_index=shard, shard_count=2) for shard in range(2)]
     for _ in range(3):
-        rows = packing.stack([next(host) for host in hosts])
+        rows = rows_lib.stack([next(host) for host in hosts])
         np.testing.assert_equal(rows, next(alone))
     state = alone.get_state()
-    alone.set_states([host.get_state() for host in hosts])  # of two hosts, to go on with one
+    alone.set_states([host.get_state() for host in hosts])  # of two hosts, to continue with one
     assert alone.get_state() == state
     again = [make(streams=2, shard_index=shard, shard_count=2) for shard in range(2)]
     for host in again:
         host.set_states([state])
-    np.testing.assert_equal(packing.stack([next(host) for host in again]), next(alone))
+    np.testing.assert_equal(rows_lib.stack([next(host) for host in again]), next(alone))
 
 
 def test_a_failure_of_one_stream_leaves_all_where_they_were(folder, tmp_path, make):
@@ -232,9 +234,9 @@ def test_broken_records_are_skipped_counted_and_logged_once(folder, tmp_path, ma
         for _ in range(12):
             next(iterator)
     task, counters = str(copied), iterator.counters()
-    epochs = position(iterator)["next"] / (NUM_EXAMPLES - 2)
+    epochs = position(iterator)["next"] / NUM_EXAMPLES
     assert epochs > 2
-    assert counters["skipped"][task]["line"] == 2
+    assert counters["skipped"][task]["line"] == pytest.approx(2 * epochs, abs=2)
     assert counters["skipped"][task]["media"] == pytest.approx(epochs, abs=1)
     assert counters["skipped"][task]["annotation"] == pytest.approx(epochs, abs=1)
     listed = counters["broken"][task]
@@ -267,8 +269,42 @@ def test_too_many_broken_records_end_the_run_with_their_list(folder, tmp_path, m
 
 def test_lines_that_break_the_format_count_against_the_cap(folder, tmp_path, make):
     copied = copy_world(folder, tmp_path / "copy", lambda number, record: "{" if number < 3 else record)
-    with pytest.raises(ValueError, match="max_broken = 2"):
-        make(copied, max_broken=2)
+    iterator = make(copied, max_broken=2, packer=SMALL)
+    with pytest.raises(ValueError, match="max_broken = 2") as raised:
+        for _ in range(50):
+            next(iterator)
+    assert all(f"annotations.jsonl:{line}: line: record: must be one JSON" in str(raised.value)
+               for line in (1, 2, 3))
+
+
+def test_a_position_of_version_0_1_continues_once_broken_lines_are_removed(folder, tmp_path, make, expected):
+    """It had left them out, so its order is that of the good lines alone."""
+    lines = (folder / "annotations.jsonl").read_text().splitlines()
+    copied = copy_world(folder, tmp_path / "copy")
+    (copied / "annotations.jsonl").write_text("\n".join(["{", *lines, "[]"]))
+    with pytest.raises(ValueError, match=r"instead of '\[22\]'. If version 0.1 saved it: .* remove those"):
+        make(copied).set_state(expected[0][1])
+    (copied / "annotations.jsonl").write_text("\n".join(lines))
+    iterator = make(copied)
+    iterator.set_state(expected[0][1])
+    np.testing.assert_equal(next(iterator), expected[1][0])
+
+
+def test_what_workers_receive_does_not_grow_with_the_number_of_records(folder, tmp_path, tokenizer):
+    lines = (folder / "annotations.jsonl").read_text().splitlines()
+    copied = copy_world(folder, tmp_path / "copy")
+    (copied / "annotations.jsonl").write_text("\n".join(lines * 100))
+    few, many = (pipeline.make_dataset(data_config(one), MODEL, INPUTS, tokenizer).preparer
+                 for one in (folder, copied))
+    many(3)
+    assert len(pickle.dumps(many)) < len(pickle.dumps(few)) + 200
+
+
+def test_a_folder_whose_records_are_all_broken_is_refused_at_the_start(folder, tmp_path, make):
+    copied = copy_world(folder, tmp_path / "copy", lambda number, record: "{")
+    with pytest.raises(ValueError, match="must have a usable record; got none in .*copy; first error: "
+                                         ".*annotations.jsonl:1: record: must be one JSON object"):
+        make(copied)
 
 
 def test_a_task_without_a_usable_record_ends_the_run(folder, tmp_path, make):
@@ -277,7 +313,7 @@ def test_a_task_without_a_usable_record_ends_the_run(folder, tmp_path, make):
     copied = copy_world(folder, tmp_path / "copy", first_three)
     for path in (copied / "media").iterdir():
         path.write_bytes(b"no media")
-    with pytest.raises(ValueError, match="a record that can be used"):
+    with pytest.raises(ValueError, match="must have a usable record"):
         next(make(copied))
 
 
@@ -285,8 +321,29 @@ def test_empty_and_missing_folders_are_refused(tmp_path, make):
     with pytest.raises(ValueError, match="must hold annotations.jsonl"):
         make(tmp_path)
     (tmp_path / "annotations.jsonl").write_text("")
-    with pytest.raises(ValueError, match="got none.*0 bytes"):
+    with pytest.raises(ValueError, match="at least one record; got 0 bytes"):
         make(tmp_path)
+
+
+def test_absent_folders_are_left_out_only_if_that_is_allowed(folder, tokenizer, tmp_path, caplog):
+    absent = str(tmp_path / "absent")
+
+    def sizes(**fields):
+        data = data_config(folder, **fields)
+        return pipeline.make_dataset(data, MODEL, INPUTS, tokenizer).new_ledger()._sizes
+
+    with pytest.raises(ValueError, match="unless pipeline.DataConfig.allow_missing is True"):
+        sizes(train=(str(folder), absent))
+    with caplog.at_level(logging.WARNING):
+        assert sizes(train=(str(folder), absent), allow_missing=True) == {str(folder): NUM_EXAMPLES}
+    assert "without 1 absent data sets" in caplog.text and absent in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert sizes(allow_missing=True) == {str(folder): NUM_EXAMPLES} and not caplog.text
+    with pytest.raises(ValueError, match="at least one folder with annotations.jsonl"):
+        sizes(train=(absent,), allow_missing=True)
+    with pytest.raises(ValueError, match="at least one folder"):  # in its second lesson
+        sizes(train=((str(folder), (1.0, 0.0)), (absent, (1.0, 1.0))), lessons=(5,), allow_missing=True)
 
 
 def test_an_example_too_large_for_a_row_is_skipped(make):
@@ -296,7 +353,7 @@ def test_an_example_too_large_for_a_row_is_skipped(make):
     counters = iterator.counters()
     [skipped], [broken] = counters["skipped"].values(), counters["broken"].values()
     assert skipped["size"] > 0 and batch.patches.shape[1] == 3
-    assert all("must fit a row of 3 crops" in text for text in broken.values())
+    assert all("must fit in a row of 3 crops" in text for text in broken.values())
 
 
 # Processes
@@ -312,7 +369,7 @@ def test_workers_change_nothing_and_one_that_is_killed_is_replaced(make, expecte
     iterator.set_state(json.loads(json.dumps(expected[1][1])))  # of a run without workers
     assert_continues(iterator, expected[2:4])
     first, second = worker_pids()
-    os.kill(second, signal.SIGINT)  # Ctrl-C reaches workers too, and must not end them
+    os.kill(second, signal.SIGINT)  # Ctrl-C also reaches workers, and must not end them
     os.kill(first, signal.SIGKILL)
     assert_continues(iterator, expected[4:8])
     assert iterator.counters()["skipped"] == {} and first not in worker_pids()
@@ -331,10 +388,10 @@ class DeadlyPreparer(preparation.Preparer):
 
 @pytest.mark.slow(20)
 def test_a_record_that_kills_its_process_is_found_and_skipped(folder, tokenizer, monkeypatch):
-    monkeypatch.setattr(stream, "_DEATHS", 1)
+    monkeypatch.setattr(stream_rows, "_DEATHS", 1)
     dataset = pipeline.make_dataset(data_config(folder, num_workers=1), MODEL, INPUTS, tokenizer)
     _, index, _ = dataset.preparer.order(9)
-    key = dataset.preparer.examples[0][index].key
+    key = dataset.preparer.sources[0].key(index)
     fields = {field.name: getattr(dataset.preparer, field.name)
               for field in dataclasses.fields(dataset.preparer)}
     dataset.preparer = DeadlyPreparer(**fields, deadly=key)
@@ -343,7 +400,7 @@ def test_a_record_that_kills_its_process_is_found_and_skipped(folder, tokenizer,
         while position(iterator)["next"] < 2 * NUM_EXAMPLES:
             next(iterator)
         [broken] = iterator.counters()["broken"].values()
-        assert list(broken) == [key] and "ends the process" in broken[key]
+        assert list(broken) == [key] and "kills the worker process" in broken[key]
         assert json.loads(position(iterator)["killers"]) == [[0, index]]
     finally:
         iterator.close()
@@ -362,7 +419,7 @@ def test_annotations_in_one_conversation_are_counted_one_by_one(tmp_path, make):
 
 
 def test_an_example_is_a_pure_function_of_index_and_epoch(folder, tokenizer):
-    example = sources.read_jsonl(folder / "annotations.jsonl")[0]
+    example = sources.examples(folder)[0]
 
     def tokens(epoch):
         return preparation.prepare(example, MODEL, INPUTS, tokenizer, preparation.generator(0, epoch)).tokens
@@ -381,7 +438,7 @@ def test_a_mixture_may_replace_loss_weights(folder, tokenizer):
 
 
 def test_a_mixture_may_ask_for_numbers_in_place_of_points(folder, tokenizer):
-    example = next(one for one in sources.read_jsonl(folder / "annotations.jsonl")
+    example = next(one for one in sources.examples(folder)
                    if {"points"} == {annotation.type for annotation in one.annotations[:2]})
     example = dataclasses.replace(example, annotations=example.annotations[:2])
 
@@ -426,3 +483,9 @@ def test_settings_that_make_no_sense_are_refused(fields, rule):
 def test_a_window_smaller_than_the_model_pools_is_refused(make):
     with pytest.raises(ValueError, match="window must hold.*9 patches"):
         make(window=4)
+
+
+def test_a_mixture_without_its_folders_says_where_their_rows_are_published(tmp_path, monkeypatch, make):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"data/ai2d: no rows are published: .*data/chart_qa: rows are publ"):
+        make(train="sft")

@@ -8,13 +8,14 @@ from PIL import Image
 
 from data_pipelines import formats
 from data_pipelines import sources
-from data_pipelines import synthetic
 from data_pipelines.scoring import choices
 from data_pipelines.scoring import counting
 from data_pipelines.scoring import hits
 from data_pipelines.scoring import points
 from data_pipelines.scoring import suite
 from data_pipelines.scoring import tracks
+from data_pipelines.world import config as world_config
+from data_pipelines.world import write as world_write
 from molmo2_jax import types
 from molmo2_jax.inputs import video
 
@@ -73,7 +74,7 @@ def test_the_clean_rule_finds_hits_that_pairing_by_distance_misses():
     assert (scores["f1"], scores["f1_reference"]) == (1, pytest.approx(1, abs=1e-9))
 
 
-def test_two_points_on_one_object_are_one_hit():
+def test_two_points_on_one_object_count_as_one_hit():
     scores = points.score(
         [image_target((0, 0, 20, 20), (60, 60, 80, 80))],
         ['<points coords="1 1 050 050 2 100 100">x</points>'],
@@ -84,7 +85,7 @@ def test_two_points_on_one_object_are_one_hit():
 @pytest.mark.parametrize(
     "answer, expected", [("There are none.", 1), ("", 1), ('<points coords="1 1 500 500">x</points>', 0)]
 )
-def test_where_nothing_is_to_be_found_silence_is_right(answer, expected):
+def test_where_nothing_is_present_an_empty_answer_is_right(answer, expected):
     scores = points.score([image_target()], [answer])
     assert scores["f1"] == scores["f1_reference"] == scores["precision"] == expected
 
@@ -95,14 +96,14 @@ def test_a_point_at_the_very_edge_is_on_the_last_pixel():
     assert (scores["f1"], scores["f1_reference"]) == (1, 0)
 
 
-def test_the_time_must_be_one_of_the_masks_as_answers_write_it():
+def test_the_time_of_a_point_must_equal_a_masks_time_rounded_as_in_answers():
     shapes = ({2.0: box(100, 100, (40, 40, 60, 60)), 2.4: box(100, 100, (40, 40, 60, 60))},)
     target = points.PointTarget(points=((2.0, 50, 50),), masks=shapes, media=clip(100, 100, 2.4167))
     for time, expected in (("2.0", 1), ("2.4", 1), ("2.2", 0)):
         assert points.score([target], [f'<points coords="{time} 1 500 500">x</points>'])["f1"] == expected
 
 
-def test_points_of_several_images_count_in_their_own_image():
+def test_points_in_several_images_are_scored_in_their_own_image():
     target = points.PointTarget(
         points=((1.0, 5, 5), (2.0, 5, 5)),
         media=types.Media(sizes=((10, 10), (20, 20))),
@@ -203,7 +204,7 @@ def test_jf_counts_objects_without_a_track_and_tracks_without_an_object():
     assert tracks.score_masks(nothing, {})["jf"] == 1 and tracks.score_masks(nothing, given)["jf"] == 0
 
 
-def test_a_point_on_another_object_picks_that_objects_mask():
+def test_a_point_on_another_object_selects_the_mask_of_that_object():
     target = moving_target()
     only_first = dataclasses.replace(
         target, objects=(0,), points={f: {0: frame[0]} for f, frame in target.points.items()}
@@ -219,7 +220,7 @@ def test_region_and_boundary_of_shifted_squares():
     # 0.8 % of the diagonal is 1.13, so 2 pixels: every boundary pixel of a shift by 2 is near the other one
     assert tracks.boundary_similarity(first, second) == 1
     far = box(100, 100, (24, 20, 44, 40))
-    # left and right sides of 20 pixels each lose all but the 3 + 3 next to the other's rows
+    # of the left and right sides of 20 pixels, only the 3 + 3 next to the other's rows match
     edge = 4 * 20 - 4
     near = np.count_nonzero([min(abs(x - x2) for x2 in range(24, 44)) <= 2 for x in range(20, 40)]) * 2
     assert near / edge < tracks.boundary_similarity(first, far) < 0.7
@@ -228,7 +229,7 @@ def test_region_and_boundary_of_shifted_squares():
     assert tracks.boundary_similarity(first, empty) == tracks.region_similarity(first, empty) == 0
 
 
-def test_hota_does_not_depend_on_names_of_tracks():
+def test_hota_does_not_depend_on_track_names():
     rng = np.random.default_rng(0)
     target = moving_target(3)
     given = {
@@ -270,13 +271,13 @@ def test_close_counts_are_within_one_and_a_twentieth(true, given, is_close):
     assert counting.score([true], [str(given)])["close"] == is_close
 
 
-def test_the_average_over_ranges_weighs_each_range_alike():
+def test_the_average_over_ranges_weighs_each_range_equally():
     scores = counting.score([1, 2, 3, 30], ["1", "2", "9", "31"])
     assert scores["correct"] == 0.5
     assert scores["per_category_average"] == pytest.approx((2 / 3 + 0) / 2)
 
 
-def test_image_counts_are_numbers_of_points():
+def test_an_image_count_is_the_number_of_points():
     answers = [
         'Counting the <points coords="1 1 100 200">dogs</points> shows a total of 2.',
         "There are none.",
@@ -298,17 +299,17 @@ def test_unreadable_choices_are_wrong_by_the_clean_rule_and_guessed_by_the_refer
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
-    """Every annotation of a small full world with the answer the model is trained to give."""
+    """Every annotation of a small full world with the answer that the model is trained to give."""
     config = dataclasses.replace(
-        synthetic.full_world(),
+        world_config.full_world(),
         frame_side=(64, 96),
         duration=(1.0, 2.5),
         image_share=0.25,
         image_set_share=0.2,
     )
-    path = synthetic.write(tmp_path_factory.mktemp("world"), config, 3, 40, "heldout", progress=False)
+    path = world_write.write(tmp_path_factory.mktemp("world"), config, 3, 40, "heldout", progress=False)
     items = []
-    for example in sources.read_jsonl(path):
+    for example in sources.examples(path.parent):
         if example.video:
             media = video.read(example.video, max_frames=128, size=(8, 8)).media
         else:
@@ -328,7 +329,7 @@ def answered(tmp_path_factory):
     return items
 
 
-def test_the_answers_that_are_trained_on_score_one_in_everything(answered):
+def test_the_answers_of_training_score_one_in_every_score(answered):
     scores = suite.score(answered)
     assert {
         "video_point_f1",
@@ -350,7 +351,7 @@ def test_scores_do_not_depend_on_the_order_of_examples(answered):
     assert suite.score(shuffled) == pytest.approx(suite.score(answered))
 
 
-def test_empty_answers_score_nothing(answered):
+def test_empty_answers_score_zero(answered):
     present = [
         dataclasses.replace(one, answer="")
         for one in answered
@@ -358,7 +359,7 @@ def test_empty_answers_score_nothing(answered):
     ]
     for name, value in suite.score(present).items():
         if not name.endswith(("_examples", "_reference")):
-            # a frame in which a tracked object is hidden is answered rightly by silence
+            # in frames where a tracked object is hidden, an empty answer is right
             limit = 0.1 if name.startswith("track_") and "A" not in name else 0
             assert value <= limit, name
 
@@ -380,7 +381,7 @@ def test_objects_without_masks_cannot_be_scored(answered):
             target(bare.annotation, bare.media)
 
 
-def test_one_missing_mask_is_enough_and_only_what_is_asked_needs_one(answered):
+def test_one_missing_mask_prevents_a_score_and_only_annotated_points_need_masks(answered):
     one = next(one.annotation for one in answered if getattr(one.annotation, "tracks", ()))
     assert not tracks.missing(one)
     asked = {(track.id, point.time) for track in one.tracks for point in track.points if not point.occluded}
@@ -394,6 +395,6 @@ def test_one_missing_mask_is_enough_and_only_what_is_asked_needs_one(answered):
     assert not points.missing(dataclasses.replace(spot, points=(), masks=()))
 
 
-def test_a_score_of_nothing_is_refused():
+def test_a_score_over_no_examples_is_refused():
     with pytest.raises(ValueError, match="at least one example"):
         hits.means([])

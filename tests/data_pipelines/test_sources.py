@@ -17,7 +17,7 @@ EXAMPLES = re.findall(r"```json\n(.*?)```\s+```text\n(.*?)```", DOC.read_text(),
 def folder_with_media(root: pathlib.Path, *names: str) -> pathlib.Path:
     for name in names or ("clips/0001.mp4", "photos/a.png", "photos/b.png", "photos/tiny.png"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(b"not looked into when the annotations are read")
+        (root / name).write_bytes(b"reading annotations does not open media")
     return root
 
 
@@ -39,7 +39,7 @@ def test_every_example_of_the_document_reads_and_becomes_the_text_printed_under_
     assert len(EXAMPLES) >= 12
     for source, expected in EXAMPLES:
         path = write_lines(tmp_path, json.dumps(json.loads(source)))
-        [example] = sources.read_jsonl(path)
+        [example] = sources.examples(path.parent)
         size = (4, 3) if "tiny" in source else (640, 480)
         media = VIDEO if example.video else types.Media(sizes=(size,) * len(example.images))
         branches = formats.to_branches(example, media=media, rng=np.random.default_rng(0),
@@ -61,7 +61,7 @@ def test_every_annotation_type_has_an_example_in_the_document():
 
 def test_weights_of_the_document_are_those_it_explains(tmp_path):
     [source] = [source for source, _ in EXAMPLES if '"weight": 0.5' in source]
-    [example] = sources.read_jsonl(write_lines(tmp_path, json.dumps(json.loads(source))))
+    [example] = sources.examples(write_lines(tmp_path, json.dumps(json.loads(source))).parent)
     assert [annotation.weight for annotation in example.annotations] == [
         types.LossWeight(scale=0.5),
         types.LossWeight(scale=2.0),
@@ -78,7 +78,7 @@ def test_times_become_relative_to_the_clip(tmp_path):
             subtitles=[{"start": 3, "end": 5, "text": "hello"}],
         ),
     )
-    [example] = sources.read_jsonl(path)
+    [example] = sources.examples(path.parent)
     assert example.clip == (3.5, 6.0)
     assert example.annotations[0].points[0].time == 0.5
     assert example.subtitles == ((-0.5, 1.5, "hello"),)
@@ -89,7 +89,7 @@ def test_times_become_relative_to_the_clip(tmp_path):
 def test_what_a_record_says_about_its_use_is_kept(tmp_path):
     path = write_lines(tmp_path, video_record(QA, tracking_fps=2, dialogue=0.2, subtitles="They talk."),
                        video_record(QA))
-    said, silent = sources.read_jsonl(path)
+    said, silent = sources.examples(path.parent)
     assert (said.tracking_fps, said.dialogue_share, said.subtitles) == (2.0, 0.2, "They talk.")
     assert (silent.tracking_fps, silent.dialogue_share, silent.subtitles) == (None, 0.0, ())
 
@@ -108,7 +108,7 @@ MASK = {"id": 1, "time": 0.5, "size": [2, 2], "counts": [1, 3]}
         ('{"annotations": [], "annotations": []}', "record: must not repeat a field"),
         ('{"annotations": []}', r"annotations: must not be empty; got \[\]"),
         ('{"video": "clips/0001.mp4"}', "record: must have the fields annotations; got"),
-        (video_record(QA, images=["photos/a.png"]), "video: must not stand beside images"),
+        (video_record(QA, images=["photos/a.png"]), "video: must not be given together with images"),
         (video_record(QA, extra=1), r"record: must only have the fields .*; got \['extra'\]"),
         (
             video_record({**QA, "anwser": "x"}),
@@ -169,6 +169,8 @@ MASK = {"id": 1, "time": 0.5, "size": [2, 2], "counts": [1, 3]}
         (json.dumps({"images": ["photos/a.png"],
                      "annotations": [{"type": "caption", "text": "t", "time": 1}]}),
          r"annotations\[0\].time: must only be given with a video; got 1"),
+        (video_record(points(prompt=[])), r"annotations\[0\].prompt: must not be empty"),
+        (video_record(points(prompt=["a"], prompt_share=2)), r"annotations\[0\].prompt_share: must be <= 1"),
         (video_record(points(prompt={"all": "x"})),
          r"annotations\[0\].prompt: must only have the fields bare.*'all'"),
         (video_record({**CHOICE, "labelled": 0}), "labelled: must be true or false; got 0"),
@@ -276,15 +278,15 @@ def test_a_violation_names_file_line_field_rule_and_value(tmp_path, line, messag
     path = write_lines(tmp_path, video_record(QA), line)
     (tmp_path / "clips/empty.mp4").touch()
     with pytest.raises(ValueError, match=message) as caught:
-        sources.read_jsonl(path)
+        sources.examples(path.parent)
     assert str(caught.value).startswith(f"{path}:2: ")
 
 
-def test_collecting_returns_the_good_records_and_every_error(tmp_path):
+def test_a_folder_is_read_to_its_end_past_broken_records(tmp_path):
     path = write_lines(
         tmp_path, video_record(QA), "{", "", video_record(points(mode="x")), video_record(CHOICE)
     )
-    examples, errors = sources.read_jsonl_collecting(path)
+    examples, errors = sources.read_folder(path.parent)
     assert [example.key for example in examples] == ["annotations.jsonl:1", "annotations.jsonl:5"]
     assert [str(error).split(":")[1] for error in errors] == ["2", "4"]
 
@@ -294,19 +296,4 @@ def test_a_file_without_records_is_refused(tmp_path, content):
     path = tmp_path / "annotations.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=f"must hold at least one record; got {len(content)} bytes"):
-        sources.read_jsonl(path)
-    assert len(sources.read_jsonl_collecting(path)[1]) == 1
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
-def test_a_file_of_another_encoding_is_one_refusal_that_says_so(tmp_path, encoding):
-    path = tmp_path / "annotations.jsonl"
-    path.write_bytes(('{"annotations": []}\n' * 9).encode(encoding))
-    examples, errors = sources.read_jsonl_collecting(path)
-    assert not examples and len(errors) == 1
-    assert f"{path}: text must be UTF-8; got " in str(errors[0])
-
-
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="annotations.jsonl: an annotation file must exist"):
-        sources.read_jsonl(tmp_path / "annotations.jsonl")
+        sources.examples(path.parent)

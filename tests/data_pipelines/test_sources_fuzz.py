@@ -1,4 +1,4 @@
-"""Two thousand damaged annotation lines: each becomes an example that can be formatted, or a named error."""
+"""2,000 damaged annotation lines: each becomes an example that can be formatted, or an error with a place."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from data_pipelines import formats
 from data_pipelines import sources
 from molmo2_jax import types
 
-NUMBER, SECONDS = 2000, 30  # of the processor, however busy it is; measured 3
+NUMBER, SECONDS = 2000, 30  # of processor time; measured 3
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs/data_format.md"
 ODD = (0, 1, 2, 0.5, 1.0, "cup", "point_count", [0.5, 2.0], "left", None, True, -1, 10**30, 10**400, 1e308,
        -1e-300, float("nan"), float("inf"), "", " ", "x" * 70_000, "\ud800", "\x00", "<|im_end|>", "..", "/",
@@ -24,6 +24,8 @@ RARE = {
     "video": "clips/0001.mp4", "tracking_fps": 2, "dialogue": 0.5, "subtitles": "They talk.", "annotations": [
         {"type": "points", "label": "cup", "mode": ["bare", "count"], "prompt": {"count": "How many?"},
          "points": []},
+        {"type": "points", "label": "cup", "prompt": ["Cups?", "The cups"], "prompt_share": 0.5,
+         "points": []},
         {"type": "choice", "question": "?", "options": ["A", "B"], "answer": 0, "labelled": False},
         {"type": "qa", "question": ["Who?", "Which?"], "answer": "Ann", "style": "video_short_answer"},
         {"type": "tracks", "label": "cup", "fps": 2,
@@ -31,13 +33,13 @@ RARE = {
 
 
 def documented():
-    """Returns the records of the documentation and one more, which together use every field."""
+    """Returns the records of the documentation and RARE, which together use every field."""
     blocks = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
     return [*map(json.loads, blocks), RARE]
 
 
 def places(value, path=()):
-    """Returns the paths to all values inside."""
+    """Returns the paths to all nested values."""
     found = [path] if path else []
     children = {list: enumerate, dict: dict.items}.get(type(value), lambda value: ())
     for key, child in children(value):
@@ -46,7 +48,7 @@ def places(value, path=()):
 
 
 def mutate_value(rng, record):
-    """Returns the record with some values replaced, removed, repeated or renamed."""
+    """Returns the line of the record with some values replaced, removed, repeated or renamed."""
     record = copy.deepcopy(record)
     for _ in range(int(rng.choice((1, 1, 1, 3)))):
         path = (found := places(record))[rng.integers(len(found))] if places(record) else None
@@ -87,7 +89,7 @@ def mutate_bytes(rng, record):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The media that the documentation names; their contents are not read."""
+    """A folder with the media that the documentation names; their contents are not read."""
     root = tmp_path_factory.mktemp("media")
     for record in documented():
         for name in [record[name] for name in ("video",) if name in record] + record.get("images", []):
@@ -97,7 +99,7 @@ def folder(tmp_path_factory):
 
 
 def format_of(example, rng):
-    """Returns the branches of an example whose media have 640 x 480 pixels and last 3 seconds."""
+    """Returns the branches of an example whose media are 640 x 480 pixels and 3 seconds long."""
     size = getattr(example.annotations[0], "sizes", None) or ((640, 480),) * max(len(example.images), 1)
     media = types.Media(sizes=tuple(size) if example.images else ())
     if example.video:
@@ -112,7 +114,7 @@ def test_damaged_lines_are_examples_or_named_errors(folder):
     path = folder / "annotations.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n")
     start = time.process_time()
-    examples, errors = sources.read_jsonl_collecting(path)
+    examples, errors = sources.read_folder(folder)
     formatted = refused = 0
     for example in examples:
         try:

@@ -1,4 +1,4 @@
-"""What tests that run torch share."""
+"""Fixtures of tests that run torch."""
 
 import importlib.util
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread():
-    """Models this small are slower on several threads, and far slower beside other work."""
+    """Runs torch on one thread: small models are slower on several, especially on a busy machine."""
     if importlib.util.find_spec("torch"):
         import torch
         torch.set_num_threads(1)

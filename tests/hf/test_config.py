@@ -1,4 +1,4 @@
-"""config.json: presets survive the round trip, and whatever does not fit is named."""
+"""config.json: presets survive the round trip, and errors name each field that does not fit."""
 
 import copy
 import dataclasses
@@ -13,7 +13,7 @@ PRESETS = ("molmo2_4b", "molmo2_8b", "molmo2_o_7b", "nano")
 
 
 def without_init(config):
-    """Initialisation is not part of the format, and whether the head is tied only the tensors say."""
+    """Resets what config.json does not hold: initialisation, and whether the head is tied."""
     default = config_lib.molmo2_8b()
     same = {"init_std": default.text.init_std, "embedding_init_std": default.text.embedding_init_std}
     return dataclasses.replace(
@@ -37,7 +37,7 @@ def test_random_sizes_are_read_back(style, seed):
     assert hf_config.read(hf_config.write(config)) == without_init(config)
 
 
-def test_the_4b_is_described_as_the_released_one_is():
+def test_the_4b_is_written_like_the_released_one():
     values = hf_config.write(config_lib.molmo2_4b(), "bfloat16")
     assert values["image_patch_id"] == 151938 and values["frame_end_token_id"] == 151944
     assert values["use_frame_special_tokens"] is True and values["tie_word_embeddings"] is False
@@ -49,7 +49,7 @@ def test_the_4b_is_described_as_the_released_one_is():
     assert "auto_map" not in values and values["dtype"] == "bfloat16"
 
 
-def test_the_listed_yarn_layers_are_obeyed_and_no_list_means_all():
+def test_yarn_applies_to_the_listed_layers_and_without_a_list_to_all():
     values = hf_config.write(config_lib.molmo2_o_7b())
     assert values["text_config"]["rope_scaling_layers"] == [3, 7, 11, 15, 19, 23, 27, 31]
     values["text_config"]["rope_scaling_layers"] = [0, 5]
@@ -72,7 +72,7 @@ def test_the_attention_factor_of_yarn_follows_from_its_factor():
     ("text_config", "final_logit_softcapping", 30.0, "unknown in text_config: final_logit_softcapping"),
     ("text_config", "model_type", "llama", "text_config.model_type must be one of .'molmo2_text',., got 'l"),
     ("vit_config", "model_type", "clip", "vit_config.model_type must be one of .'molmo2', 'molmo2_vision'"),
-    (None, "quantization_config", {"bits": 4}, "unknown in the top level: quantization_config"),
+    (None, "quantization_config", {"bits": 4}, "quantization_config must be absent"),
     ("text_config", "qkv_bias", True, "text_config.qkv_bias must be False, got True"),
     ("text_config", "hidden_act", "gelu", "text_config.hidden_act must be 'silu', got 'gelu'"),
     ("text_config", "hidden_size", None, "text_config.hidden_size must be given as int, got None"),
@@ -87,7 +87,7 @@ def test_the_attention_factor_of_yarn_follows_from_its_factor():
     ("adapter_config", "pooling_attention_mask", False, "pooling_attention_mask must be True, got False"),
     (None, "image_patch_id", 7, "image_patch_id must be 151938, got 7"),
     (None, "text_config", [], r"text_config must be an object, got \[\]"),
-    (None, "model_type", "molmo", "model_type must be 'molmo2', got 'molmo'")])
+    (None, "model_type", "molmo", "model_type must be 'molmo2' or 'molmo_point', got 'molmo'")])
 def test_a_field_that_is_unknown_or_contradicts_is_named(section, field, value, message):
     values = hf_config.write(config_lib.molmo2_8b())
     (values if section is None else values[section])[field] = value
@@ -95,7 +95,7 @@ def test_a_field_that_is_unknown_or_contradicts_is_named(section, field, value, 
         hf_config.read(values)
 
 
-def test_all_complaints_come_together():
+def test_one_error_lists_all_problems():
     values = copy.deepcopy(hf_config.write(config_lib.nano()))
     values["surprise"], values["image_col_id"] = 1, 2
     values["text_config"]["use_qk_norm"] = False
@@ -103,7 +103,7 @@ def test_all_complaints_come_together():
         hf_config.read(values, "x/config.json")
 
 
-def test_what_the_format_cannot_say_is_refused():
+def test_a_model_that_the_format_cannot_represent_is_refused():
     nano = config_lib.nano()
     with pytest.raises(ValueError, match="visual_attention must be 'image_tokens' to be exported.*'causal'"):
         hf_config.write(dataclasses.replace(nano, visual_attention="causal"))

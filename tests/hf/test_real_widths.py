@@ -22,7 +22,7 @@ WHOLE_PICTURES = "molmo2_4b"  # all have one ViT: its 729 patches are compared o
 
 
 def shallow(preset):
-    """Two layers of each tower, a small vocabulary, and small pictures but for one preset."""
+    """Returns two layers of each tower, a small vocabulary, and small pictures except in one preset."""
     config = getattr(config_lib, preset)()
     text = dataclasses.replace(config.text, num_layers=2, vocab_size=1000)
     if text.yarn:

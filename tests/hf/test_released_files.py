@@ -1,4 +1,4 @@
-"""The files of the released 4B: read, and written again field by field, but for what is documented."""
+"""The files of the released 4B: read, and written equally field by field, with documented exceptions."""
 
 import json
 import pathlib
@@ -21,7 +21,7 @@ def released(name):
 
 
 def differences(written, wanted, path=""):
-    """Returns {path of a field: (written, wanted)}, None for what is not there."""
+    """Returns {path of a field: (written, wanted)} of different fields; None for an absent one."""
     if isinstance(written, dict) and isinstance(wanted, dict):
         return {key: value for field in {**written, **wanted} for key, value in differences(
             written.get(field), wanted.get(field), f"{path}.{field}".lstrip(".")).items()}

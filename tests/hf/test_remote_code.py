@@ -1,4 +1,4 @@
-"""Remote code travels with the model: into the work directory, and out again beside what we export."""
+"""Remote code is copied with the model: into the work directory, and from there into exported folders."""
 
 import json
 
@@ -28,7 +28,7 @@ def export(folder, **options):
 
 @pytest.fixture
 def released(tmp_path):
-    """A folder with remote code, as the released ones have it."""
+    """Returns a folder with remote code like the released ones."""
     folder = export(tmp_path / "released")
     for name in FILES:
         (folder / name).write_text(f"# {name}\n")
@@ -49,20 +49,20 @@ def assert_carries_the_code(folder):
     assert {name: read(folder, name)["auto_map"] for name in AUTO_MAPS} == AUTO_MAPS
 
 
-def test_files_and_every_auto_map_are_passed_on(released, tmp_path):
+def test_files_and_every_auto_map_are_copied(released, tmp_path):
     folder = export(tmp_path / "out", code_from=released)
     assert_carries_the_code(folder)
     assert read(folder, "config.json")["model_type"] == "molmo2"
     checkpoint.import_checkpoint(folder)
 
 
-def test_they_survive_a_stay_in_a_work_directory(released, tmp_path):
+def test_they_are_kept_in_a_work_directory(released, tmp_path):
     kept = tmp_path / "run" / remote_code.NAME
     remote_code.write(remote_code.read(released), kept)
     assert_carries_the_code(export(tmp_path / "out", code_from=kept))
 
 
-def test_files_that_no_auto_map_asks_for_stay_behind(tmp_path):
+def test_files_without_an_auto_map_are_not_copied(tmp_path):
     source = export(tmp_path / "source")
     (source / "modeling_molmo2.py").write_text("# theirs\n")
     assert not list(export(tmp_path / "out", code_from=source).glob("*.py"))

@@ -1,4 +1,4 @@
-"""A decoder or a ViT of its own as the start of a training: the same activations, and no other model's."""
+"""A decoder or a ViT from which training starts: equal activations, and other models are refused."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from molmo2_jax import config as config_lib
 from molmo2_jax.hf import shards
 from molmo2_jax.hf import towers
 from molmo2_jax.hf import weights
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import crops as crops_lib
 from molmo2_jax.model import molmo2
 from tests import packs
 
@@ -23,7 +23,7 @@ TOWER_TOLERANCE = 2e-5  # float32; measured 4e-6 on values of size 5
 
 
 def text_logits(config, flat, tokens):
-    """Logits of the decoder alone, other towers at zero."""
+    """Returns the logits of the decoder alone, other towers at zero."""
     shapes = weights.abstract_params(config)
     params = weights.unflatten({path: flat.get(path, np.zeros(leaf.shape, np.float32))
                                 for path, leaf in shapes.items()})
@@ -33,7 +33,7 @@ def text_logits(config, flat, tokens):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_tied", "olmo3"])
-def test_a_language_model_of_its_own_becomes_the_decoder(kind, tmp_path):
+def test_a_language_model_becomes_the_decoder(kind, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -89,7 +89,7 @@ def test_a_siglip2_checkpoint_becomes_the_vit(tmp_path):
     assert all(path.startswith("vision/") for path in flat)
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, v.image_size, v.image_size, 3), np.uint8)
-    patches = np.stack([image.patchify(one[None], v.patch_size)[0] for one in pixels])[None]
+    patches = np.stack([crops_lib.patchify(one[None], v.patch_size)[0] for one in pixels])[None]
     module = molmo2.vision.VisionTransformer(v, nano.connector.taps)
     ours = np.asarray(jax.jit(module.apply)({"params": weights.unflatten(flat)["vision"]}, patches))[0]
     normalised = torch.from_numpy(pixels.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
@@ -100,7 +100,7 @@ def test_a_siglip2_checkpoint_becomes_the_vit(tmp_path):
 
 
 def qwen3_folder(folder, config, **fields):
-    """A Qwen3 checkpoint that holds the decoder of `config`."""
+    """Writes a Qwen3 checkpoint that holds the decoder of `config`."""
     t = config.text
     shapes = {path: leaf.shape for path, leaf in weights.abstract_params(config).items()}
     rng, tensors = np.random.default_rng(0), {}
@@ -147,14 +147,14 @@ def test_the_config_tells_which_tower_a_folder_holds(tmp_path):
     ("attention_bias", True, "attention_bias must be False"),
     ("final_logit_softcapping", 30.0, "unknown in the top level: final_logit_softcapping"),
     ("quantization_config", {"bits": 4}, "unknown in the top level: quantization_config")])
-def test_what_tensors_cannot_tell_is_compared_with_the_config(field, value, message, tmp_path):
+def test_fields_without_effect_on_shapes_are_compared_with_the_config(field, value, message, tmp_path):
     config = packs.random_config("qwen3", 0)
     assert towers.import_tower(qwen3_folder(tmp_path, config), "qwen3", config)
     with pytest.raises(ValueError, match=f"must hold the qwen3 tower of the model: .*{message}"):
         towers.import_tower(qwen3_folder(tmp_path, config, **{field: value}), "qwen3", config)
 
 
-# What the config.json of each decoder holds besides its sizes.
+# Fields of each decoder's config.json besides its sizes.
 PUBLISHED = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
               "bos_token_id": 151643, "eos_token_id": 151645, "initializer_range": 0.02,
@@ -184,7 +184,7 @@ def test_the_published_decoders_are_those_of_the_presets():
     assert found.startswith("rope_scaling.rope_type must scale as the model does ({'factor': 8.0")
 
 
-def test_a_qwen3_decoder_may_be_scaled_if_the_model_scales_all_of_its_layers():
+def test_a_qwen3_decoder_may_have_yarn_if_the_model_has_it_in_all_layers():
     scaled = [config_lib.YarnConfig(layers=layers) for layers in (tuple(range(36)), (3, 7))]
     whole, some = (dataclasses.replace(config_lib.molmo2_4b(), text=dataclasses.replace(
         config_lib.molmo2_4b().text, yarn=yarn)) for yarn in scaled)
@@ -198,7 +198,7 @@ def test_a_qwen3_decoder_may_be_scaled_if_the_model_scales_all_of_its_layers():
     ({"layer_norm_eps": 1e-5}, "vision_config.layer_norm_eps must be 1e-06"),
     ({"num_channels": 1}, "vision_config.num_channels must be 3"),
     ({"qkv_bias": False, "rope_theta": 1.0}, "unknown in vision_config: qkv_bias, rope_theta")])
-def test_a_vit_that_computes_otherwise_is_named(fields, message):
+def test_a_vit_with_other_fields_is_refused_by_name(fields, message):
     usual = {"model_type": "siglip_vision_model", "hidden_size": 1152, "image_size": 384, "patch_size": 14,
              "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
              "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3}
@@ -220,7 +220,7 @@ def test_a_tower_of_other_sizes_is_refused(tmp_path):
 
 
 def siglip2_folder(folder, config):
-    """A SigLIP2 checkpoint that holds the ViT of `config`."""
+    """Writes a SigLIP2 checkpoint that holds the ViT of `config`."""
     shapes = {path: leaf.shape for path, leaf in weights.abstract_params(config).items()}
     rng = np.random.default_rng(1)
     tensors = {name: rng.standard_normal(
@@ -232,7 +232,7 @@ def siglip2_folder(folder, config):
     return folder
 
 
-def test_two_towers_are_assembled_with_the_rest_drawn_anew(tmp_path):
+def test_two_towers_are_assembled_and_the_rest_is_initialised(tmp_path):
     config = packs.random_config("qwen3", 0)
     for name in ("text", "vision"):
         (tmp_path / name).mkdir()

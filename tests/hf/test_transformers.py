@@ -1,4 +1,4 @@
-"""An exported folder, loaded by transformers' own molmo2 and fed with our arrays, gives our logits."""
+"""An exported folder loaded by transformers' own molmo2 gives our logits for our arrays."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ from molmo2_jax import config as config_lib
 from molmo2_jax import decode
 from molmo2_jax.hf import checkpoint
 from molmo2_jax.hf import compare
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.inputs import tokenizer as tokenizer_lib
 from molmo2_jax.model import molmo2
 from tests import packs
@@ -41,7 +41,7 @@ def examples(config, seed=0, frames=5):
 
 
 def assert_theirs(model, config, cases, ours, tolerance):
-    """Each example alone, and three side by side with padding on the left, has our logits in transformers."""
+    """Asserts equal logits for each example alone and for three in a batch with padding on the left."""
     for name, one in cases.items():
         assert ours[name].std() > 0.3
         np.testing.assert_allclose(ours[name], peer.logits(model, [one], config)[0], atol=tolerance, rtol=0,
@@ -52,7 +52,7 @@ def assert_theirs(model, config, cases, ours, tolerance):
 
 
 def our_logits(config, params, sequences, T=T, M=M, R=R):
-    batch = packing.stack([packs.row([one], config, T, M, R) for one in sequences])
+    batch = rows_lib.stack([packs.row([one], config, T, M, R) for one in sequences])
     logits = jax.jit(molmo2.Molmo2(config, remat="none").apply)({"params": params}, batch)
     return [np.asarray(row[:len(one.tokens)]) for row, one in zip(logits, sequences)]
 
@@ -69,12 +69,13 @@ def test_logits_equal_those_of_transformers(style, seed, tmp_path):
 
 
 @pytest.mark.parametrize("style", packs.STYLES)
+@pytest.mark.slow(6)
 def test_greedy_answers_of_64_tokens_are_those_of_transformers(style, tmp_path):
     config = packs.random_config(style, 2)
     params = packs.random_params(config, 2)
     model = peer.load(export(params, config, tmp_path / "m"))
     cases = examples(config, 2)
-    batch = packing.stack([packs.row([one], config, T, M, R) for one in cases.values()])
+    batch = rows_lib.stack([packs.row([one], config, T, M, R) for one in cases.values()])
     last = np.array([[len(one.tokens) - 1] for one in cases.values()], np.int32)
     never = -1
     ours = decode.generate(molmo2.Molmo2(config, remat="none"), params, batch,
@@ -84,7 +85,7 @@ def test_greedy_answers_of_64_tokens_are_those_of_transformers(style, tmp_path):
         assert peer.answers(model, one, config, NEW) == answer.tolist(), name
 
 
-def test_the_comparison_would_see_a_missing_visual_mask(tmp_path):
+def test_the_comparison_detects_a_missing_visual_mask(tmp_path):
     config = packs.random_config("qwen3", 0)
     params = packs.random_params(config)
     model = peer.load(export(params, config, tmp_path / "m"))
@@ -99,7 +100,7 @@ def test_the_comparison_would_see_a_missing_visual_mask(tmp_path):
     ("causal", "replace"), ("causal", "add"), ("image_tokens", "replace")])
 def test_logits_by_the_rule_of_vllm_are_those_of_transformers_made_causal_and_replacing(
         attention, merge, tmp_path):
-    """Each of both differences from the reference by itself, and the two together."""
+    """Each of the two differences from the reference alone, and both together."""
     config = packs.random_config("qwen3", 0)
     params = packs.random_params(config)
     model = peer.load(export(params, config, tmp_path / "m"))
@@ -116,7 +117,7 @@ def test_logits_by_the_rule_of_vllm_are_those_of_transformers_made_causal_and_re
 
 
 @pytest.mark.parametrize("save_original_format", [True, False])
-def test_a_folder_saved_by_transformers_comes_back_unchanged(save_original_format, tmp_path):
+def test_a_folder_saved_by_transformers_is_read_unchanged(save_original_format, tmp_path):
     config = packs.random_config("olmo", 0)
     params = packs.random_params(config)
     inputs = config_lib.InputConfig()
@@ -130,7 +131,7 @@ def test_a_folder_saved_by_transformers_comes_back_unchanged(save_original_forma
 
 @pytest.fixture(scope="module")
 def nano(tmp_path_factory):
-    """The nano model with a tokenizer, exported in several shards and loaded by transformers."""
+    """Returns the nano model with a tokenizer, exported in several shards and loaded by transformers."""
     texts = ["Point to the red circle. How many blue squares are there? 0.5 1.0 Image 1 2 3"] * 4
     config, inputs = config_lib.nano(), config_lib.InputConfig(max_crops=3, overlap_margins=(2, 2))
     tokenizer = tokenizer_lib.train_small(texts, config.text.vocab_size)
@@ -150,7 +151,7 @@ def test_the_real_input_pipeline_agrees_too(nano):
                                    err_msg=kind)
 
 
-def test_a_video_between_image_markers_agrees_and_comes_back(nano, tmp_path):
+def test_a_video_between_image_markers_agrees_and_is_read_back(nano, tmp_path):
     config, inputs, tokenizer, params, _, _ = nano
     inputs = dataclasses.replace(inputs, use_frame_special_tokens=False)
     folder = checkpoint.export_checkpoint(params, config, inputs, tokenizer, tmp_path / "m")

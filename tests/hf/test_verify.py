@@ -1,4 +1,4 @@
-"""The checks of a folder: ours passes all of them, and each kind of damage fails the one that is about it."""
+"""The checks of a folder: ours passes all of them, and each kind of damage fails its own check."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from molmo2_jax.hf import checkpoint
 from molmo2_jax.hf import compare
 from molmo2_jax.hf import shards
 from molmo2_jax.hf import verify
-from molmo2_jax.inputs import image
+from molmo2_jax.inputs import crops as crops_lib
 from molmo2_jax.inputs import tokenizer as tokenizers
 from tests import packs
 
@@ -25,7 +25,7 @@ WITHOUT_TRANSFORMERS = ["files", "config.json", "fields for the remote code and 
 
 
 def small():
-    """The nano model with fewer and narrower layers."""
+    """Returns the nano model with fewer and narrower layers."""
     nano = config_lib.nano()
     return dataclasses.replace(
         nano, vision=dataclasses.replace(nano.vision, num_layers=2, width=32, num_heads=2, mlp_width=40),
@@ -35,7 +35,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(Original, folder in bfloat16 and several shards)."""
+    """Returns (Original, folder in bfloat16 and several shards)."""
     config = small()
     tokenizer = tokenizers.train_small(TEXTS, config.text.vocab_size)
     params = packs.random_params(config)
@@ -54,7 +54,7 @@ def statuses(checks):
     return {check.name: check.status for check in checks}
 
 
-def test_our_folder_passes_every_check_and_equals_what_it_was_made_from(made):
+def test_our_folder_passes_every_check_and_equals_its_original(made):
     pytest.importorskip("transformers")
     original, folder = made
     checks = verify.verify(folder, original)
@@ -73,7 +73,7 @@ def test_the_rule_of_vllm_passes_too_and_its_logits_are_written(made, tmp_path):
     checks = verify.verify(folder, is_vllm=True, logits_to=tmp_path / "deep" / "logits.npz")
     assert not [check for check in checks if check.status == "FAIL"], verify.table(checks)
     [ours] = [check for check in checks if check.name == "logits: ours"]
-    assert "in place of the embedding of <im_patch>, whose largest value is 1." in ours.detail
+    assert "replace the embedding of <im_patch>, whose largest value is 1." in ours.detail
     tokenizer, config = original.tokenizer, original.config
     cases = compare.examples(config, INPUTS, tokenizer)
     written = np.load(tmp_path / "deep" / "logits.npz")
@@ -85,7 +85,7 @@ def test_the_rule_of_vllm_passes_too_and_its_logits_are_written(made, tmp_path):
         np.testing.assert_array_equal(written[f"{kind}/logits"], logits)
         assert (np.abs(logits - other).max() > 1e-3) == (kind != "text")
         assert sum(name.startswith(f"{kind}/still") for name in written) == len(stills)
-    frames = image.patchify(written["video/frames"], config.vision.patch_size)
+    frames = crops_lib.patchify(written["video/frames"], config.vision.patch_size)
     np.testing.assert_array_equal(frames, cases["video"][0].patches)
 
 
@@ -155,7 +155,7 @@ FIELDS, TENSORS = "fields for the remote code and vLLM", "names and shapes of te
     (put("generation_config.json", 3, "pad_token_id"), "token ids", "must be the pad_token_id 3"),
     (put("tokenizer_config.json", "right", "padding_side"), "token ids", "padding_side must be 'left'"),
     (put("config.json", {"AutoConfig": "a.B"}, "auto_map"), "remote code", "lacks a.py")])
-def test_each_damage_fails_the_check_that_is_about_it(damage, check, words, folder):
+def test_each_damage_fails_its_own_check(damage, check, words, folder):
     damage(folder)
     failed = [one for one in verify.verify(folder, with_logits=False) if one.status == "FAIL"]
     assert failed and failed[0].name == check and words in failed[0].detail, failed
@@ -183,7 +183,7 @@ def test_other_settings_than_the_originals_are_named(made):
                              "inputs.max_frames is 4 instead of 9")
 
 
-def test_a_folder_saved_by_transformers_is_told_from_the_released_layout(made, tmp_path):
+def test_a_folder_saved_by_transformers_fails_the_check_of_released_names(made, tmp_path):
     peer = pytest.importorskip("molmo2_jax.hf.peer")
     peer.load(made[1]).save_pretrained(tmp_path / "theirs")
     found = {one.name: one for one in verify.verify(tmp_path / "theirs", with_logits=False)}
@@ -199,16 +199,16 @@ def test_wrong_logits_fail(made, monkeypatch):
     assert {found[name] for name in found if name.startswith("logits: ") and "ours" not in name} == {"FAIL"}
 
 
-def test_a_chat_template_that_writes_something_else_fails(folder):
+def test_another_chat_template_fails(folder):
     pytest.importorskip("transformers")
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("'Image '", "'Picture '"))
     tokenizer_check = "transformers: tokenizer and chat template"
     [failed] = [one for one in verify.verify(folder) if one.status == "FAIL"]
-    assert failed.name == tokenizer_check and "the prompt of several images must be" in failed.detail
+    assert failed.name == tokenizer_check and "the prompt for several images must be" in failed.detail
 
 
-def test_every_preset_is_described_with_all_fields_that_readers_want(tmp_path):
+def test_every_preset_is_written_with_all_fields_that_readers_need(tmp_path):
     from molmo2_jax.hf import config as hf_config
     from molmo2_jax.hf import processor
     for preset in ("molmo2_4b", "molmo2_8b", "molmo2_o_7b", "nano"):

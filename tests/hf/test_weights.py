@@ -1,4 +1,4 @@
-"""The rule table: everything once, in both directions, and in the order that the reference uses."""
+"""The rule table: each name once, both directions, and the order of the reference."""
 
 import collections
 
@@ -59,7 +59,7 @@ def test_released_names_and_shapes_are_those_of_the_hub():
 @pytest.mark.parametrize(("layout", "shape"), [
     ("linear", (6, 2, 5)), ("linear", (6, 4)), ("merge", (2, 5, 7)), ("vector", (2, 5)), ("table", (9, 4)),
     ("convolution", (2 * 2 * 3, 7))])
-def test_layouts_turn_back_into_themselves(layout, shape):
+def test_layouts_are_inverted_exactly(layout, shape):
     x = np.arange(np.prod(shape)).reshape(shape)
     there = weights.to_torch(x, layout)
     assert there.shape == weights.torch_shape(shape, layout) and there.shape[0] == weights.rows(shape, layout)

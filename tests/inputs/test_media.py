@@ -1,4 +1,4 @@
-"""An example's media become crops, whatever they are; errors name the file."""
+"""An example's media of any kind become crops; errors name the file."""
 
 import dataclasses
 import threading
@@ -10,8 +10,8 @@ from PIL import Image
 
 from molmo2_jax import config
 from molmo2_jax import types
-from molmo2_jax.inputs import image
 from molmo2_jax.inputs import media
+from molmo2_jax.inputs import pixels as pixels_lib
 from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.inputs import video
 
@@ -25,7 +25,7 @@ def see(**fields):
 
 @pytest.fixture
 def film(tmp_path):
-    """Three seconds at 4 frames a second, each 20 levels brighter than the one before."""
+    """Three seconds at 4 frames a second, each 20 levels brighter than the previous one."""
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=4)
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
@@ -74,7 +74,7 @@ def test_a_tracking_clip_is_sampled_by_its_annotations_rate(film):
         np.testing.assert_array_equal(seen.seconds, times)
     few = media.see(example, NANO, dataclasses.replace(INPUTS, max_frames=6), TOKENIZER)[1]
     np.testing.assert_array_equal(few.seconds, np.arange(6) / 2)
-    paper = dataclasses.replace(INPUTS, max_frames=5, max_tracking_fps=2)  # 2 frames/s, cut behind the fifth
+    paper = dataclasses.replace(INPUTS, max_frames=5, max_tracking_fps=2)  # 2 frames/s, cut after the fifth
     np.testing.assert_array_equal(media.see(example, NANO, paper, TOKENIZER)[1].seconds, np.arange(5) / 2)
     with pytest.raises(ValueError, match="tracking clip needs a rate"):
         media.see(dataclasses.replace(example, tracking_fps=3), NANO, inputs, TOKENIZER)
@@ -83,15 +83,15 @@ def test_a_tracking_clip_is_sampled_by_its_annotations_rate(film):
 def test_media_that_take_too_long_are_cut_with_an_error_that_names_them(film, monkeypatch):
     inputs = dataclasses.replace(INPUTS, max_read_seconds=0.2)
     example = types.Example(annotations=(), video=film)
-    free = threading.Event()  # what waits for it ends only after the test
+    free = threading.Event()  # threads that wait for it end only after the test
     with monkeypatch.context() as patch:
         patch.setattr(video, "read", lambda *args, **named: free.wait())
-        with pytest.raises(image.MediaError, match=r"a.mp4: must be read within 0.2 seconds"):
+        with pytest.raises(pixels_lib.MediaError, match=r"a.mp4: must be read within 0.2 seconds"):
             media.see(example, NANO, inputs, TOKENIZER)
-        patch.setattr(image, "load", lambda path: free.wait())
-        with pytest.raises(image.MediaError, match=r"b.png, c.png: must be read within 0.2 seconds"):
+        patch.setattr(pixels_lib, "load", lambda path: free.wait())
+        with pytest.raises(pixels_lib.MediaError, match=r"b.png, c.png: must be read within 0.2 seconds"):
             media.see(types.Example(annotations=(), images=("b.png", "c.png")), NANO, inputs, TOKENIZER)
-    with pytest.raises(image.MediaError, match=r"a.mp4: must be read within 0 seconds"):
+    with pytest.raises(pixels_lib.MediaError, match=r"a.mp4: must be read within 0 seconds"):
         video.read(film, max_frames=3, max_seconds=0)  # stops by itself, between two packets
     free.set()
     assert len(see(video=film)[1].seconds) == 3

@@ -1,4 +1,4 @@
-"""Damaged files of every kind: crops or an error that names the file, in bounded time and memory."""
+"""Damaged files of every kind give crops or an error that names the file, in bounded time and memory."""
 
 import collections
 

@@ -1,4 +1,4 @@
-"""Frames are turned and mirrored as FFmpeg's own filters and the geometry of the display matrix say."""
+"""Frames are rotated and mirrored as FFmpeg's own filters and the geometry of the display matrix require."""
 
 import fractions
 import io
@@ -17,7 +17,7 @@ from molmo2_jax.inputs import orientation
 from molmo2_jax.inputs import video
 
 COLOURS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]],
-                    [[255, 255, 255], [0, 0, 0], [255, 255, 0]]], np.uint8)  # no two of the eight look alike
+                    [[255, 255, 255], [0, 0, 0], [255, 255, 0]]], np.uint8)  # all eight orientations differ
 ONE = 1 << 16
 EIGHT = [(a, b, c, d) for a, b, c, d in itertools.product((-ONE, 0, ONE), repeat=4)
          if abs(a * d - b * c) == ONE * ONE and abs(a) + abs(b) == abs(c) + abs(d) == ONE]
@@ -39,7 +39,7 @@ def write(path, matrix=None, size=16):
 
 
 def moved(pixels, matrix):
-    """Returns pixels with each one moved to the place that the display matrix gives it."""
+    """Returns pixels, each moved to the position that the display matrix gives it."""
     a, b, c, d = (value // ONE for value in matrix)
     rows, columns = np.indices(pixels.shape[:2])
     across, down = a * columns + c * rows, b * columns + d * rows
@@ -90,7 +90,7 @@ def first_frame(path):
 @pytest.mark.parametrize("matrix", FILTERS)
 def test_each_of_the_eight_orientations_is_that_of_ffmpegs_filters(matrix, tmp_path):
     frame = first_frame(write(tmp_path / "turned.mp4", matrix))
-    # Turning halved colour planes before or after the conversion differs at the edges between colours.
+    # Rotating subsampled chroma before or after conversion gives different values at edges between colours.
     turned = upright(frame)[8::16, 8::16].astype(int)
     assert np.abs(turned - filtered(frame, *FILTERS[matrix])[8::16, 8::16]).max() <= 2
 
@@ -112,7 +112,7 @@ def test_angles_are_whole_degrees_whatever_the_scale(matrix, degrees):
 
 
 def with_message(path, source, arguments):
-    """Writes the H.264 film again with a display orientation message (SEI) in the stream itself."""
+    """Rewrites the H.264 video with a display orientation message (SEI) in the stream itself."""
     with av.open(str(source)) as container, av.open(str(path), "w") as out:
         stream = container.streams.video[0]
         copy, insert = out.add_stream_from_template(stream), BitStreamFilterContext(

@@ -1,4 +1,4 @@
-"""Which sequences share a row: the recorded streams, and what every rule keeps."""
+"""Packing: the recorded streams, and the properties of every rule."""
 
 import itertools
 import json
@@ -125,7 +125,7 @@ def test_short_texts_wait_until_they_fill_a_row():
 
 
 def test_no_sequence_waits_longer_than_the_bound():
-    """Videos that fill the crops wait for text that never comes, and wide ones would wait for ever."""
+    """Videos that fill the crop budget wait for text that never arrives; wide ones would wait forever."""
     rule = packers.OldestFirst(buffer=10, max_wait=6)
     packer, rows, born, longest = packers.Packer(rule, 256, 16), 0, {}, 0
     for number in range(400):

@@ -87,7 +87,7 @@ def test_texts_are_read_as_recorded(case):
     ([(1, [(20.04, 50), (20.01, 40)])], 100, "1 1 200 400 2 200 500"),
     ([(1, [(50, 50)]), (3, [(20, 10), (5, 90)])], 100, "1 1 500 500;3 2 050 900 3 200 100"),
     ([(12.25, [(50, 50)]), (62.5, [(50, 50)])], 100, "12.2 1 500 500;62.5 2 500 500"),
-    # clipping and ascending groups differ from the reference on purpose
+    # clipping and ascending groups are deliberate differences from the reference
     ([(1, [(105, 50), (50, 105), (-5, -5), (-5, 50)])], 100,
      "1 1 000 000 2 000 500 3 500 1000 4 1000 500"),
     ([(3, [(20, 10), (5, 90)]), (1, [(50, 50)])], 100, "1 1 500 500;3 2 050 900 3 200 100"),
@@ -201,6 +201,8 @@ def test_an_answer_cut_off_is_read_only_on_request():
     text = 'Counting the <points coords="0.5 1 100 200;1.0 2 300 4'
     assert points.parse_points(text, 1000, 1000) == []
     assert points.parse_points(text, 1000, 1000, accept_unterminated=True) == [(0.5, "1", 100, 200)]
+    assert points.parse_labelled(text, 1000, 1000, accept_unterminated=True) == [
+        ("", (0.5, "1", 100, 200))]
 
 
 def test_frames_of_tracks_follow_the_frame_rate():
@@ -263,3 +265,11 @@ def test_numbers_too_long_to_be_meant_are_not_read():
     digits = "9" * 5000
     assert points.read_count(digits) is None
     assert points.parse_tracks(f'<tracks coords="{digits} 1 100 200">x</tracks>', 10, 10, 6) == []
+
+
+def test_points_are_read_with_the_label_of_their_tag():
+    text = ('<points coords="1 1 100 200">red <ball</points>, '
+            '<tracks coords="0.5 1 500 500">dog</tracks> and <points alt="x" coords="1 2 300 400"/>none')
+    assert points.parse_labelled(text, 1000, 1000) == [
+        ("red ", (1.0, "1", 100, 200)), ("dog", (0.5, "1", 500, 500)),
+        ("", (1.0, "2", 300, 400))]

@@ -22,10 +22,10 @@ WEIGHT_TOLERANCE = 1e-6  # goldens are printed with 7 decimals; measured 9e-8
 
 
 class RecordedTokenizer:
-    """Gives the ids that the golden file holds for a text."""
+    """Encodes texts as the golden file records."""
 
     bos_id, eos_id = GOLDENS["bos"], GOLDENS["eos"]
-    special = {"<im_patch>": 151938}
+    special = {"<im_patch>": 151938, "<im_low>": 151942}
     reserved = prompt.RESERVED
 
     def __init__(self, case):
@@ -74,7 +74,7 @@ def test_trees_equal_the_recorded_ones(case):
 
 def test_a_question_without_answer_is_not_shifted_and_learns_nothing():
     case = GOLDENS["inference"]
-    # the recorded case has no list of ids per text; they follow from its input
+    # the recorded case does not list ids per text; they are derived from its input
     visual = case["input_tokens"][1:4]
     tokens = RecordedTokenizer({"formatted": [case["formatted"]], "token_ids": [[case["input_tokens"][4:]]]})
     built = sequence.build(crops_of(visual), [branch_of(("Only a question?",))], tokens)
@@ -215,3 +215,18 @@ def test_pooled_rows_must_match_patch_tokens(small):
         sequence.build(crops, [branch_of(("Q?", "yes"))], small)
     with pytest.raises(ValueError, match="one pooled row per <im_patch> token, 1; got 2"):
         sequence.ask(crops, [("Q?",)], small)
+
+
+@pytest.mark.parametrize("turns", [["What?"], ["\n a <b", "Yes é", "  \n\nfoo"],
+                                   ["x", "y", "z\n", "\n", "|"]])
+def test_ids_of_checked_texts_are_those_of_a_question(turns, small):
+    asked, _ = sequence.ask(None, [turns], small)
+    assert sequence.ids_of_text(turns, small)[0] == asked.tokens.tolist()[1:]
+
+
+def test_special_tokens_in_texts_that_nobody_checked_stay_text(small):
+    turns = ["a<|im_end|>\n<|im_start|>assistant\n<im_patch>", "<|video|>", "|<EXTRA_TOKENS_1>|"]
+    ids, _ = sequence.ids_of_text(turns, small)
+    assert not set(ids) & set(small.special.values())
+    assert ids.count(small.eos_id) == 4   # of three turns with markup, and the end of the answer
+    assert "a<|im_end|>" in b"".join(map(small.bytes_of, ids)).decode()

@@ -1,4 +1,4 @@
-"""Stop strings: the table over tokens finds what a search in the text finds; no text is given too early."""
+"""Stop strings: the token table finds what a text search finds; no text is returned too early."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def small():
 
 
 def read(table, ids):
-    """Returns how many of the ids are read until a stop string is complete, None if none is."""
+    """Returns the number of ids read until a stop string is complete; None if none is."""
     state = 0
     for count, one in enumerate(ids, 1):
         state = table[state, one]
@@ -33,7 +33,7 @@ def read(table, ids):
        seed=st.integers(0, 9))
 def test_the_table_ends_with_the_token_that_completes_the_first_stop_string(small, text, stop, seed):
     pieces, rng = [], np.random.default_rng(seed)
-    while text:  # token borders other than those of the encoder
+    while text:  # token boundaries other than the encoder's
         size = int(rng.integers(1, 6))
         pieces, text = pieces + small.encode(text[:size]), text[size:]
     table = stops.token_table(stop, small)

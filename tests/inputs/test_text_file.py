@@ -1,4 +1,4 @@
-"""Text of users is read as UTF-8 or refused with the place of what is not; never changed without a word."""
+"""Text is read as UTF-8 or rejected with the place of the first invalid byte; never changed silently."""
 
 import codecs
 import subprocess
@@ -13,7 +13,7 @@ TEXT = "a,b\nWho sits in the café?,naïve 日本\n"
 
 
 def refused(path):
-    """Returns the message with which the whole file is refused, the same by all ways of reading it."""
+    """Returns the message that rejects the file, which must not depend on how it is read."""
     messages = set()
     for way in (text_file.read, text_file.check, lambda path: text_file.decode(path.read_bytes(), path)):
         with pytest.raises(ValueError) as caught:
@@ -58,7 +58,7 @@ def test_the_byte_that_is_not_utf8_is_placed(tmp_path):
     path.write_bytes(b"one\ntwo\ncaf\xe9\n")
     message = refused(path)
     assert "byte 0xe9 at offset 11, line 3" in message and "iconv -f CP1252 -t UTF-8" in message
-    text_file.check_start(path)  # which looks at the beginning only
+    text_file.check_start(path)  # which reads only the start
     path.write_bytes("one\ncaf\u00e9".encode()[:-1])
     assert "byte 0xc3 at offset 7, line 2" in refused(path)
 

@@ -1,4 +1,4 @@
-"""A call that hangs is cut; what is fast, fails or follows is not touched."""
+"""A call that hangs is abandoned; calls that are fast, fail or follow are not affected."""
 
 import threading
 
@@ -24,7 +24,7 @@ def test_calls_share_a_thread_that_is_not_the_callers():
 def test_a_call_that_hangs_is_left_behind():
     free, helper = threading.Event(), time_limit.within(60, threading.current_thread, LATE)
     with pytest.raises(TimeoutError, match="too late"):
-        time_limit.within(0.05, free.wait, LATE)  # which ends only after what follows
+        time_limit.within(0.05, free.wait, LATE)  # which returns only at the end of this test
     assert time_limit.within(60, lambda: "next", LATE) == "next"
     assert time_limit.within(60, threading.current_thread, LATE) is not helper
     free.set()

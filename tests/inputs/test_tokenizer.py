@@ -37,7 +37,7 @@ def small():
 
 
 def base():
-    """A tokenizer as other people publish them: no fillers, no Molmo2 tokens."""
+    """A tokenizer as base models publish it: no fillers, no Molmo2 tokens."""
     raw = tokenizers.Tokenizer(
         tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "<|endoftext|>": 3}, [("a", "b")]))
     raw.decoder = tokenizers.decoders.ByteLevel()
@@ -98,7 +98,7 @@ def test_any_text_survives_encoding(small, text):
 
 
 def published(split):
-    """A byte-level BPE as other people publish it: three merges of digits and letters, no Molmo2 tokens."""
+    """A byte-level BPE as base models publish it: three merges of digits and letters, no Molmo2 tokens."""
     raw = tokenizers.Tokenizer(tokenizers.models.BPE())
     raw.normalizer = tokenizers.normalizers.NFC() if split == "digits" else None
     pattern = (r"\p{N}" if split == "digits" else r"\p{N}{1,3}") + r"|\s?\p{L}+|[^\p{L}\p{N}]+"
@@ -131,6 +131,8 @@ def test_encoding_equals_that_of_tokenizers_and_transformers_on_any_text(split, 
     @hypothesis.settings(deadline=None, max_examples=250)
     @hypothesis.given(FUZZ)
     def compare(text):
+        # Hypothesis also draws constants of the code under test, among them the tokens that only ours has.
+        hypothesis.assume(not any(token in text for token in config.SPECIAL_TOKENS))
         ids = raw.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == ids == peer.encode(text, add_special_tokens=False)
         assert ours.bos_id == ours.eos_id == raw.token_to_id("<|im_end|>")

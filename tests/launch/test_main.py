@@ -22,7 +22,7 @@ def called(monkeypatch, *arguments):
 
 
 def mains():
-    """Returns the names of the modules that start as commands, also of packages with a __main__."""
+    """Returns the names of all modules and packages (with a __main__) that start as commands."""
     paths = [path for path in (run.ROOT / "launch").rglob("*.py") if "cli.start(main)" in path.read_text()]
     return {path.parent.name if path.stem == "__main__" else path.stem for path in paths}
 
@@ -70,6 +70,7 @@ def test_the_list_of_commands_is_printed_without_jax(tmp_path):
     assert "quickstart" in done.stdout
 
 
+@pytest.mark.slow(19)
 def test_help_of_a_command_is_that_of_its_module(tmp_path):
     ours = python("-m", "launch", "convert", "--help", cwd=tmp_path)
     wanted = python("-m", "launch.convert", "--help", cwd=tmp_path)
@@ -78,6 +79,7 @@ def test_help_of_a_command_is_that_of_its_module(tmp_path):
     assert ours.stdout == wanted.stdout
 
 
+@pytest.mark.slow(20)
 def test_a_command_starts_worker_processes_and_its_mistakes_are_one_line(tmp_path):
     draw = ("-m", "launch", "draw", "--output=clips", "--examples=2", "--workers=2")
     done = python(*draw, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""The mains on a tiny random model: from a Hugging Face folder to answers, scores and another folder."""
+"""The commands on a tiny random model: from a Hugging Face folder to answers, scores and another folder."""
 
 import dataclasses
 import json
@@ -9,20 +9,17 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 from data_pipelines import formats
 from data_pipelines import masks
 from data_pipelines import sources
-from launch import check
-from launch import cli
 from launch import convert
 from launch import evaluate
 from launch import generate
-from launch import questions
-from launch import trained
+from launch.support import cli
+from launch.support import questions
+from launch.support import trained
 from molmo2_jax import config as config_lib
 from molmo2_jax import evaluate as evaluate_lib
 from molmo2_jax import generate as generate_lib
@@ -32,6 +29,9 @@ from molmo2_jax import types
 from molmo2_jax.hf import checkpoint as hf_checkpoint
 from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.model import molmo2
+from tests.launch import commands
+
+flags_as_before, start = commands.flags_as_before, commands.start
 
 NANO = config_lib.nano()
 MODEL = dataclasses.replace(
@@ -47,13 +47,6 @@ ANNOTATIONS = [
     {"type": "qa", "question": "Is there a circle?", "answer": "Yes."},
     {"type": "caption", "text": "A red circle."},
 ]
-
-
-@pytest.fixture(autouse=True)
-def flags_as_before():
-    with flagsaver.flagsaver():
-        yield
-    flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +73,6 @@ def data_folder(tmp_path_factory):
     return folder
 
 
-def start(main, *arguments):
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:  # flags that repeat would add up
-        cli.start(main, ["command", *map(str, arguments)])
-    return caught.value.code or 0
-
-
 def test_generate_prints_an_answer_as_json_and_draws_it(model_folder, data_folder, tmp_path, capsys):
     image, picture = data_folder / "a.png", tmp_path / "points.png"
     assert start(generate.main, f"--model={model_folder}", f"--image={image}", "--json",
@@ -97,6 +84,7 @@ def test_generate_prints_an_answer_as_json_and_draws_it(model_folder, data_folde
     assert Image.open(picture).width >= SIZE[0]
 
 
+@pytest.mark.slow(7)
 def test_generate_answers_several_questions_and_streams_what_it_prints(model_folder, data_folder, capsys):
     arguments = [f"--model={model_folder}", f"--image={data_folder / 'a.png'}", "--max_new_tokens=9",
                  "--prompt=Point to the red circle.", "--prompt=Where?", "--temperature=2", "--top_k=50",
@@ -119,14 +107,14 @@ def test_generate_answers_several_questions_and_streams_what_it_prints(model_fol
     (["--model=/nowhere", "--prompt=Where?", "--prompt= "], "got an empty one"),
     (["--model=MODEL", "--prompt=Where?", "--image=/nowhere.png"], "/nowhere.png"),
     (["--model=MODEL", "--prompt=Where?", "--video=/nowhere.mp4"], "/nowhere.mp4"),
-    (["--model=/nowhere", "--prompt=Where?", "--image=/nowhere.png"], "/nowhere.png"),  # before the model
+    (["--model=/nowhere", "--prompt=Where?", "--image=/nowhere.png"], "/nowhere.png"),  # checked first
     (["--model=/nowhere", "--prompt=Where?", "--image=IMAGE", "--render=a.bmp"], "must end in one of .png"),
-    (["--model=/nowhere", "--prompt=Where?", "--render=a.png"], "--render draws on a --video or"),
+    (["--model=/nowhere", "--prompt=Where?", "--render=a.png"], "--render needs a --video or"),
     (["--model=/nowhere", "--prompt=Where?", "--image=IMAGE", "--render=IMAGE/a.png"], "a.png"),
     (["--model=MODEL", "--prompt=Where?", "--temperature=-1"], "temperature"),
     (["--model=MODEL", "--prompt=Where?", "--top_p=2"], "top_p must be in (0, 1]"),
     (["--model=MODEL", "--prompt=Where?", "--stop="], "stop must be"),
-    (["--model=MODEL", "--prompt=Where?", "--stream", "--json"], "--json whole answers; got both"),
+    (["--model=MODEL", "--prompt=Where?", "--stream", "--json"], "whole answers, give one of them; got both"),
 ])
 def test_generate_answers_mistakes_with_one_sentence(arguments, words, model_folder, data_folder, capsys):
     arguments = [one.replace("MODEL", str(model_folder)).replace("IMAGE", str(data_folder / "a.png"))
@@ -138,7 +126,7 @@ def test_generate_answers_mistakes_with_one_sentence(arguments, words, model_fol
 
 @pytest.fixture(scope="module")
 def nan_folder(model_folder, tmp_path_factory):
-    """The model with one weight that is not a number."""
+    """The model with one weight that is NaN."""
     folder = tmp_path_factory.mktemp("nan") / "hf"
     shutil.copytree(model_folder, folder)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
@@ -179,7 +167,7 @@ def test_evaluate_prints_and_writes_scores(model_folder, data_folder, tmp_path, 
 
 
 def without_masks(folder, target, number):
-    """Copies a data folder; its record is there `number` times without masks, after the one with them."""
+    """Copies a data folder and appends its record `number` times without masks."""
     shutil.copytree(folder, target)
     record = json.loads((target / "annotations.jsonl").read_text())
     bare = {name: value for name, value in record.items() if name != "masks"}
@@ -255,8 +243,8 @@ def test_answers_with_logits_that_are_not_finite_do_not_pass_for_success(
         model_folder, data_folder, tmp_path, capsys, monkeypatch):
     answer = evaluate_lib._answer
 
-    def one_of_two(answerer, batch, rows):
-        made = answer(answerer, batch, rows)
+    def one_of_two(answerer, batch, rows, ask):
+        made = answer(answerer, batch, rows, ask)
         for found in made.values():
             if batch[0].index == 1:
                 found[0] = dataclasses.replace(found[0], answer=dataclasses.replace(
@@ -268,13 +256,13 @@ def test_answers_with_logits_that_are_not_finite_do_not_pass_for_success(
     assert start(evaluate.main, f"--model={model_folder}", f"--data={folder}", "--rows=1",
                  "--max_new_tokens=4", f"--output={output}") == cli.USER_ERROR
     assert json.loads(output.read_text())[str(folder)]["records_left_out"] == 1
-    assert "1 records were left out because their logits were not finite" in capsys.readouterr().err
+    assert "1 records were skipped because their logits were not finite" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--model=MODEL"], "--data must name"),
     (["--data=DATA"], "--model must name"),
-    (["--data=DATA", "--model=MODEL", "--workdir=MODEL"], "say the same"),
+    (["--data=DATA", "--model=MODEL", "--workdir=MODEL"], "are aliases here"),
     (["--data=/nowhere", "--model=MODEL"], "/nowhere/annotations.jsonl"),
     (["--data=DATA", "--workdir=/nowhere"], "got /nowhere"),
     (["--data=DATA", "--model=/nowhere", "--output=DATA"], "must not be a folder"),
@@ -285,27 +273,6 @@ def test_evaluate_answers_mistakes_with_one_sentence(arguments, words, model_fol
     assert start(evaluate.main, *arguments) == cli.USER_ERROR
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ") and words in message
-
-
-def test_check_lists_all_that_training_would_leave_out(data_folder, tmp_path, capsys):
-    assert start(check.main, f"--data={data_folder}") == 0
-    assert capsys.readouterr().out == (
-        f"{data_folder}: 1 good lines; annotations: 1 points, 1 choice, 1 qa, 1 caption; problems: none\n")
-    folder = tmp_path / "data"
-    shutil.copytree(data_folder, folder)
-    (folder / "b.png").write_text("no picture")
-    outside = {"type": "points", "label": "dot", "points": [{"x": 64.5, "y": 20}]}
-    with open(folder / "annotations.jsonl", "a", encoding="utf-8") as lines:
-        lines.write("not JSON\n")
-        for name, annotations in (("b.png", ANNOTATIONS[2:3]), ("a.png", [outside])):
-            lines.write(json.dumps({"images": [name], "annotations": annotations}) + "\n")
-    assert start(check.main, f"--data={folder}") == 1
-    told = capsys.readouterr().out.splitlines()
-    assert told[0].endswith("problems: 3") and len(told) == 4
-    for line, words in zip(told[1:], (":2: record: must", ":3: ", ":4: annotations[0]"), strict=True):
-        assert f"{folder}/annotations.jsonl{words}" in line
-    assert start(check.main, f"--data={folder}", "--nomedia") == 1
-    assert "problems: 1" in capsys.readouterr().out
 
 
 def test_exporting_what_was_imported_changes_no_weight(model_folder, tmp_path, capsys):
@@ -355,11 +322,11 @@ def test_a_model_is_loaded_onto_the_shards_of_a_mesh(model_folder):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ([], "takes one of the words export, import, assemble, verify; got none"),
+    ([], "must be given one of the words export, import, assemble, verify; got none"),
     (["exprot"], "got exprot"),
     (["export"], "--model must be given"),
     (["import", "--model=MODEL"], "--output must be given"),
-    (["import", "--model=ADAPTER", "--output=new"], "holds an adapter (PEFT"),
+    (["import", "--model=ADAPTER", "--output=new"], "contains a PEFT adapter"),
     (["export", "--model=MODEL", "--output=MODEL"], "new or empty folder"),
     (["import", "--model=MODEL", "--output=MODEL"], "--output must be a new or empty folder"),
     (["verify"], "--hf must be given"),
@@ -385,7 +352,7 @@ def answered(media, example, answers):
 
 
 def test_the_right_answers_get_full_scores_and_wrong_ones_none(data_folder):
-    [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
+    [example] = sources.examples(data_folder)
     branches = formats.to_branches(example, media=MEDIA, rng=np.random.default_rng(0),
                                    asking=formats.PLAIN)
     right = [branch.turns[-1] for branch in branches[:3]]
@@ -396,11 +363,11 @@ def test_the_right_answers_get_full_scores_and_wrong_ones_none(data_folder):
 
 
 def test_captions_and_chats_are_not_asked(data_folder):
-    [example] = sources.read_jsonl(data_folder / "annotations.jsonl")
+    [example] = sources.examples(data_folder)
     asked = questions.ask(example, MEDIA)
     assert [question.about.type for question in asked] == ["points", "choice", "qa"]
     [label] = {question.about.label.lower() for question in asked if hasattr(question.about, "label")}
-    first = questions.ask(example, MEDIA, is_pretraining=True)[0]  # as a model of the first stage is asked
+    first = questions.ask(example, MEDIA, is_pretraining=True)[0]  # worded for a model of the first stage
     assert first.turns[0] in (f"pointing: {label}", f"point_count: {label}", f"count 65: {label}")
     assert all(isinstance(question, generate_lib.Question) for question in asked)
     assert not questions.ask(types.Example(annotations=(), images=("a.png",)), MEDIA)

@@ -13,9 +13,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from data_pipelines import synthetic
-from launch import trained
-from molmo2_jax import metrics
+from data_pipelines.world import config as world_config
+from data_pipelines.world import write as world_write
+from launch.support import trained
+from molmo2_jax.monitor import metrics
 
 ARCHIVE = pathlib.Path(__file__).parents[1] / "old_run.tar.gz"
 
@@ -34,9 +35,10 @@ def test_its_record_resolves_and_its_weights_load(workdir):
     assert all(np.isfinite(leaf).all() for leaf in _leaves(source.params))
 
 
+@pytest.mark.slow(20)
 def test_its_training_resumes_after_its_last_step(workdir, tmp_path):
-    world, _ = synthetic.WORLDS["quickstart"]
-    synthetic.write(tmp_path, world(), 0, 4, split="train", progress=False)
+    world, _ = world_config.WORLDS["quickstart"]
+    world_write.write(tmp_path, world(), 0, 4, split="train", progress=False)
     command = [sys.executable, "-m", "launch.train", f"--gin_file={workdir / 'config.gin'}",
                f"--workdir={workdir}", f"--gin=pipeline.DataConfig.train = ('{tmp_path / 'train'}',)",
                "--gin=train.TrainConfig.steps = 4"]

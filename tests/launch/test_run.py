@@ -2,8 +2,8 @@ import re
 
 import pytest
 
-from launch import record
 from launch import run
+from launch.support import record
 from molmo2_jax import config
 from molmo2_jax import optim
 
@@ -12,7 +12,7 @@ PRESETS = ("nano", "molmo2_4b", "molmo2_8b", "molmo2_o_7b")
 
 
 def rejected(*bindings, files=(NANO,)):
-    """Returns the message with which resolve refuses the bindings."""
+    """Returns the message with which resolve rejects the bindings."""
     with pytest.raises(ValueError) as caught:
         run.resolve(files, bindings)
     message = str(caught.value)
@@ -84,7 +84,7 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
 def test_an_ablation_needs_an_include_and_a_line(tmp_path):
     ablation = tmp_path / "pool.gin"
     ablation.write_text(f"include '{NANO}'\nconfig.ConnectorConfig.video_window = (4, 4)\n")
-    run.resolve([NANO])  # names are known from then on, as with includes
+    run.resolve([NANO])  # registers the names, as includes do
     assert run.resolve([ablation]).model.connector.video_window == (4, 4)
 
 

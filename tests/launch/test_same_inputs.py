@@ -1,4 +1,4 @@
-"""For a file and a question, launch.generate and the training path make identical arrays."""
+"""For the same file and question, launch.generate and the training path produce identical arrays."""
 
 import json
 import pathlib
@@ -6,26 +6,20 @@ import pathlib
 import av
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
-from data_pipelines import preparation
 from data_pipelines import sources
-from launch import cli
+from data_pipelines.stream import preparation
 from launch import generate
-from launch import trained
+from launch.support import cli
+from launch.support import trained
 from molmo2_jax import generate as generate_lib
+from tests.launch import commands
+
+flags_as_before = commands.flags_as_before
 
 MODEL = pathlib.Path(__file__).parents[2] / "assets/nano"
 QUESTION, ANSWER = "Point to the red circle.", "There are none."
-
-
-@pytest.fixture(autouse=True)
-def flags_as_before():
-    with flagsaver.flagsaver():
-        yield
-    flags.FLAGS.mark_as_parsed()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +38,7 @@ def folder(tmp_path_factory):
 
 
 def asked(monkeypatch, *arguments):
-    """Returns the tree that launch.generate hands to the model."""
+    """Returns the tree that launch.generate passes to the model."""
     trees = []
 
     def run(self, prompts, *rest, **named):
@@ -59,11 +53,11 @@ def asked(monkeypatch, *arguments):
 
 
 def trained_on(folder, record):
-    """Returns the sequence that training makes of a line of annotations.jsonl."""
+    """Returns the sequence that training builds from a line of annotations.jsonl."""
     chat = {"type": "chat", "turns": [QUESTION, ANSWER]}
     (folder / "annotations.jsonl").write_text(json.dumps({**record, "annotations": [chat]}))
     source = trained.load(str(MODEL))
-    example, = sources.read_jsonl(folder / "annotations.jsonl")
+    example, = sources.examples(folder)
     return preparation.prepare(example, source.model, source.inputs, source.tokenizer,
                                np.random.default_rng(0))
 

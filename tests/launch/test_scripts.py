@@ -17,7 +17,7 @@ def bash(script, path=None):
 
 @pytest.fixture
 def commands(tmp_path):
-    """A folder for PATH that has only what the scripts need besides Python."""
+    """A folder for PATH with only the programs that the scripts need, without Python."""
     for name in ("dirname", "cat"):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")
     return tmp_path

@@ -1,6 +1,7 @@
-"""launch.train as a user runs it: killed, started again, over a folder in which much is broken."""
+"""launch.train as a user runs it: killed, restarted, on a data folder with many broken records."""
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -19,14 +20,17 @@ from absl import flags
 from absl.testing import flagsaver
 
 from data_pipelines import pipeline
-from data_pipelines import synthetic
 from data_pipelines import tasks
-from launch import cli
+from data_pipelines.world import config as world_config
+from data_pipelines.world import write as world_write
 from launch import run
 from launch import train
+from launch.support import cli
 from molmo2_jax import config
-from molmo2_jax import metrics
+from molmo2_jax import files
 from molmo2_jax.inputs import tokenizer as tokenizers
+from molmo2_jax.monitor import metrics
+from tests.monitor import test_metrics
 
 STEPS, SAVE_EVERY = 24, 3
 ONE_DEVICE = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last word counts
@@ -112,7 +116,7 @@ BROKEN_LINES = ((lambda record: record | {"colour": "red"}, "line"),
 
 
 def break_records(folder):
-    """Breaks one record in each way; returns {record: reason for which it must be skipped}."""
+    """Breaks one record in each way; returns {record: reason why it must be skipped}."""
     path = folder / "annotations.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     videos = (number for number, record in enumerate(records) if "video" in record)
@@ -129,9 +133,9 @@ def break_records(folder):
 
 
 def write_world(folder):
-    """Draws 20 records and a tokenizer of them; returns the gin file of a small run over them."""
-    drawn = dataclasses.replace(synthetic.quickstart_world(), frame_side=(32, 40))
-    folder = synthetic.write(folder, drawn, 0, 20, "train", progress=False).parent
+    """Draws 20 records, trains a tokenizer on them, and returns the gin file of a small run."""
+    drawn = dataclasses.replace(world_config.quickstart_world(), frame_side=(32, 40))
+    folder = world_write.write(folder, drawn, 0, 20, "train", progress=False).parent
     tokenizers.train_small((folder / "annotations.jsonl").read_text().splitlines(), 400).save(folder)
     gin = folder / "run.gin"
     gin.write_text(GIN.format(folder=folder, steps=STEPS, save_every=SAVE_EVERY))
@@ -145,13 +149,14 @@ def world(tmp_path_factory):
     return gin, break_records(gin.parent)
 
 
-def command(world, workdir, *flags, **how):
-    """Starts launch.train on one device."""
+def command(world, workdir, *flags, output=None, **how):
+    """Starts launch.train on one device and returns its process."""
     environment = os.environ | {"XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(run.ROOT)}
     with open(f"{workdir}.log", "a") as log:
         return subprocess.Popen([sys.executable, "-m", "launch.train", f"--gin_file={world[0]}",
                                  f"--workdir={workdir}", *flags],
-                                cwd=run.ROOT, env=environment, stdout=log, stderr=log, **how)
+                                cwd=run.ROOT, env=environment, stdout=output or log, stderr=output or log,
+                                **how)
 
 
 def finish(process, workdir):
@@ -182,37 +187,73 @@ def test_broken_records_are_skipped_and_counted_by_reason(world, uninterrupted):
     assert {key: text.split(":")[0] for key, text in counted["broken"][folder].items()} == world[1]
     skipped = counted["skipped"][folder]
     assert set(skipped) == {"media", "line", "annotation"}
-    assert skipped["line"] == 2 and skipped["media"] >= 2 and skipped["annotation"] >= 1
+    # Two broken lines, each counted every time it is met.
+    assert skipped["line"] >= 2 and skipped["media"] >= 2 and skipped["annotation"] >= 1
+
+
+def test_the_log_of_a_run_begins_with_a_picture_of_its_first_row(uninterrupted):
+    ((step, name, pixels),) = test_metrics.logged_pictures(uninterrupted)
+    assert (step, name) == (0, "first_batch") and pixels.shape[1] > 256 and pixels.std() > 10
+
+
+def kill_in_the_middle(process, workdir):
+    """Kills a run at a random moment after its first checkpoint; returns the number of steps it logged."""
+    lines = random.SystemRandom().randrange(SAVE_EVERY, STEPS // 2)
+    while not (saved(workdir) and len(losses(workdir)) >= lines):
+        assert process.poll() is None, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    before = losses(workdir)
+    assert lines <= len(before) < STEPS
+    return before
+
+
+@pytest.mark.slow(90)
+def test_adapters_of_a_run_killed_at_any_moment_repeat_every_loss(world, uninterrupted, tmp_path):
+    gin = tmp_path / "adapters.gin"
+    gin.write_text(f"""
+from __gin__ import dynamic_registration
+from molmo2_jax import finetune
+from molmo2_jax import train
+
+include '{world[0]}'
+train.TrainConfig.lora = @finetune.LoraConfig()
+finetune.LoraConfig.rank = 2
+finetune.LoraConfig.dropout = 0.1
+""")
+    adapted, base = (gin, world[1]), f"--init_from={uninterrupted}"
+    whole, workdir = tmp_path / "whole", tmp_path / "killed"
+    finish(command(adapted, whole, base), whole)
+    kill_in_the_middle(command(adapted, workdir, base), workdir)
+    finish(command(adapted, workdir, base), workdir)
+    assert losses(workdir) == losses(whole) and len(losses(whole)) == STEPS
 
 
 @pytest.mark.slow(60)
 def test_a_run_killed_at_any_moment_and_started_again_repeats_every_loss(world, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"
     killed = command(world, workdir, "--gin=pipeline.DataConfig.num_workers = 1")
-    lines = random.SystemRandom().randrange(SAVE_EVERY, STEPS // 2)
-    while not (saved(workdir) and len(losses(workdir)) >= lines):
-        assert killed.poll() is None, pathlib.Path(f"{workdir}.log").read_text()[-3000:]
-        time.sleep(0.002)
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
+    before = kill_in_the_middle(killed, workdir)
     first_log = len(pathlib.Path(f"{workdir}.log").read_text())
-    before = losses(workdir)
-    assert lines <= len(before) < STEPS
     finish(command(world, workdir), workdir)
     assert losses(workdir) == losses(uninterrupted), f"killed behind step {len(before)}"
     assert counters(workdir) == counters(uninterrupted)
     assert f" 0/{STEPS} [" not in pathlib.Path(f"{workdir}.log").read_text()[first_log:]  # the bar
 
 
+@pytest.mark.slow(60)
 def test_a_disk_that_takes_no_more_ends_the_run_with_what_is_kept_and_the_command_resumes(world, tmp_path):
     workdir = tmp_path / "full"
-    log = pathlib.Path(f"{workdir}.log")
     finish(command(world, workdir, "--gin=train.TrainConfig.steps = 3"), workdir)
     kept = max(path.stat().st_size for path in workdir.rglob("*") if path.is_file())
     more = (world, workdir, "--gin=train.TrainConfig.steps = 6")
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kept // 2, kept // 2))
-    assert command(*more, preexec_fn=limit).wait(timeout=240) == cli.DISK_ERROR, log.read_text()[-3000:]
-    last = log.read_text().splitlines()[-1]
+    # The limit holds for all files, so a log would be cut, too.
+    process = command(*more, preexec_fn=limit, output=subprocess.PIPE)
+    printed = process.communicate(timeout=240)[1].decode()
+    assert process.returncode == cli.DISK_ERROR, printed[-3000:]
+    last = printed.splitlines()[-1]
     assert last.startswith(f"error: the run could not write to {workdir}: File too large (")
     assert "; kept: the checkpoint of step 3. Once" in last and "resumes after step 3" in last
     said = json.loads((workdir / "hosts" / "0.json").read_text())
@@ -236,7 +277,7 @@ def test_a_curriculum_is_bound_by_gin_and_is_the_one_that_is_read(world):
     assert [tasks.rates(mixture, {"a": 1, "b": 1}) for mixture in mixtures] == [{"a": 1.0}, {"b": 1.0}]
     with pytest.raises(ValueError, match=r"DataConfig.lessons must be tuple\[int, ...\]"):
         run.resolve([world[0]], ["pipeline.DataConfig.lessons = [30]"])
-    with pytest.raises(ValueError, match="lessons must begin at rising numbers"):
+    with pytest.raises(ValueError, match="lessons must begin at increasing numbers"):
         cycle = dataclasses.replace(data, lessons=(30, 20), train=(str(world[0].parent),))
         pipeline.make_iterator(cycle, run.resolve([world[0]]).model, config.InputConfig(), None)
 
@@ -246,7 +287,7 @@ def test_a_curriculum_is_bound_by_gin_and_is_the_one_that_is_read(world):
 
 @pytest.fixture
 def refused(capsys):
-    """Starts launch.train with flags it must refuse; returns the one line it prints."""
+    """Starts launch.train with flags that it must reject; returns the one line that it prints."""
     def start(*arguments):
         with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
             cli.start(train.main, ["train", *arguments])
@@ -278,6 +319,24 @@ def test_an_empty_annotation_file_is_one_sentence(refused, tmp_path, world):
     message = refused(f"--gin_file={world[0]}", f"--workdir={tmp_path / 'run'}",
                       f"--gin=pipeline.DataConfig.train = ('{folder}',)")
     assert "0 bytes" in message and str(folder) in message
+
+
+def test_a_full_disk_of_copies_is_not_explained_as_that_of_the_work_directory(tmp_path, monkeypatch):
+    def fill(*_):
+        raise files.StorageError("copies") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(train, "first_params", fill)
+    with pytest.raises(files.StorageError, match="^copies$"):
+        train._train(None, tmp_path, None)
+
+
+def test_processes_compare_their_records_before_anything_is_written(refused, tmp_path, world, monkeypatch):
+    def differ(what, values):
+        raise ValueError(f"{what}: {values}")
+    monkeypatch.setattr(train.hosts, "check_same", differ)
+    monkeypatch.setattr(train.cli, "_is_users_mistake", lambda error: True)  # raised in hosts, not here
+    message = refused(f"--gin_file={world[0]}", f"--workdir={tmp_path / 'run'}")
+    assert message == f"error: records of each data set: {{'{world[0].parent}': 20}}\n"
+    assert not (tmp_path / "run" / "config.gin").exists()
 
 
 @pytest.mark.parametrize("value, hosts, folder", [

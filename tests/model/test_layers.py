@@ -14,6 +14,7 @@ ANGLE_TOLERANCE = 5e-5  # radians at the last position; measured 3.5e-5, one rou
 
 
 @pytest.mark.parametrize("preset", ["molmo2_4b", "molmo2_8b", "molmo2_o_7b", "nano"])
+@pytest.mark.slow(8)
 def test_rotary_frequencies_have_the_last_bits_of_transformers(preset):
     molmo2 = pytest.importorskip("transformers.models.molmo2.modeling_molmo2")
     config = getattr(config_lib, preset)()
@@ -35,7 +36,7 @@ def test_yarn_keeps_the_fast_half_and_divides_the_slow_end():
     t = config_lib.molmo2_o_7b().text
     plain = layers.inverse_frequencies(t.rope_theta, t.head_dim, None)
     scaled = layers.inverse_frequencies(t.rope_theta, t.head_dim, t.yarn)
-    np.testing.assert_array_equal(scaled[:19], plain[:19])     # the ramp begins behind dimension 18
+    np.testing.assert_array_equal(scaled[:19], plain[:19])     # the ramp begins after dimension 18
     np.testing.assert_allclose(scaled[35:], plain[35:] / 8, rtol=1e-6)
     assert ((scaled < plain) & (scaled > plain / 8))[19:35].all()
     assert t.yarn.attention_factor == pytest.approx(1 + 0.1 * np.log(8), abs=1e-15)

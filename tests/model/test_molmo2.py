@@ -1,4 +1,4 @@
-"""Packing and trees change nothing: every branch and every example has the logits it has alone."""
+"""Packing and trees change nothing: each branch and each example has the same logits as alone."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from molmo2_jax import decode
 from molmo2_jax import sharding
 from molmo2_jax import state
 from molmo2_jax import types
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.model import layers
 from molmo2_jax.model import molmo2
 from tests import packs
@@ -33,7 +33,7 @@ def run(config, batch, attention=None):
 
 
 def only(sequence, branch):
-    """The root and one branch of a message tree."""
+    """Returns the root and one branch of a message tree."""
     kept = (sequence.branch < 0) | (sequence.branch == branch)
     per_token = {name: getattr(sequence, name)[kept]
                  for name in ("tokens", "targets", "weights", "positions", "image")}
@@ -46,7 +46,7 @@ def test_a_branch_has_the_logits_it_has_alone_with_the_root(style):
     rng = np.random.default_rng(0)
     tree = packs.sequence(rng, config, packs.video(rng, config, 4), (5, 9, 3, 7, 1))
     rows = [packs.row([s], config, T, M, R) for s in [tree] + [only(tree, n) for n in range(5)]]
-    together, *alone = run(config, packing.stack(rows))
+    together, *alone = run(config, rows_lib.stack(rows))
     root = int((tree.branch < 0).sum())
     for number, logits in enumerate(alone):
         here = np.flatnonzero(tree.branch == number)
@@ -65,7 +65,7 @@ def test_a_packed_example_has_the_logits_it_has_alone(style):
                 packs.sequence(rng, config, packs.images(rng, config, 2, num_tiles=1), (4,))]
     length = sum(len(one.tokens) for one in examples)
     rows = [packs.row(group, config, max(T, length), M, R) for group in (examples, *([e] for e in examples))]
-    together, *alone = run(config, packing.stack(rows))
+    together, *alone = run(config, rows_lib.stack(rows))
     first = 0
     for one, logits in zip(examples, alone):
         here = slice(first, first + len(one.tokens))
@@ -89,7 +89,7 @@ def test_later_frames_change_earlier_ones_only_where_the_setting_says_so(setting
     base = packs.row([packs.sequence(rng, config, packs.video(rng, config, 3), (4,))], config, 32, 3, 6)
     other = base._replace(patches=base.patches.copy())
     other.patches[0, 2] += 90
-    before, after = run(config, packing.stack([base, other]), "dense")
+    before, after = run(config, rows_lib.stack([base, other]), "dense")
     frames = base.image[0]
     assert (np.abs(before - after)[frames == 0].max() > 1e-3) == changes_first
     assert np.abs(before - after)[frames == 2].max() > 1e-3
@@ -102,13 +102,13 @@ def frozen(config):
 
 
 def drawn(config):
-    """Parameters as they are drawn for a model that is trained from nothing."""
+    """Returns parameters as drawn for training from scratch."""
     model = molmo2.Molmo2(config, remat="none", attention="dense")
     batch = packs.random_rows(0, config, 1, T)
     return nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), batch)["params"])
 
 
-def test_features_replace_a_row_of_zeros_as_they_are_added_to_it():
+def test_replacing_a_row_of_zeros_equals_adding_to_it():
     config = packs.random_config("qwen3", 0)
     batch = packs.random_rows(1, config, 2, T)
     row = config.special_id("<im_patch>") - config.text.vocab_size
@@ -124,7 +124,7 @@ def test_features_replace_a_row_of_zeros_as_they_are_added_to_it():
     assert np.abs(logits[False, "add"] - logits[False, "replace"]).max() > 1e-2
 
 
-def test_the_row_of_patches_starts_at_zero_where_asked_and_others_as_ever():
+def test_only_the_patch_row_starts_at_zero_if_configured():
     config = packs.random_config("qwen3", 0)
     row = config.special_id("<im_patch>") - config.text.vocab_size
     usual, zeroed = (np.asarray(drawn(one)["new_embedding"]) for one in (config, frozen(config)))
@@ -158,7 +158,7 @@ def test_a_time_text_reaches_its_own_frame_but_no_earlier_one():
     other = base._replace(tokens=base.tokens.copy())
     at = np.flatnonzero(base.image[0] == 1)[0] - 1  # the text before the second frame
     other.tokens[0, at] = (base.tokens[0, at] + 1) % config.text.vocab_size
-    before, after = run(config, packing.stack([base, other]), "dense")
+    before, after = run(config, rows_lib.stack([base, other]), "dense")
     frames = base.image[0]
     assert np.abs(before - after)[frames == 0].max() == 0
     assert np.abs(before - after)[frames == 1].max() > 1e-3
@@ -196,7 +196,8 @@ def cut(config, params, num_layers):
 
 @pytest.mark.parametrize("style", ["qwen3", "olmo"])
 @pytest.mark.parametrize("remat", ["full", "none"])
-def test_a_tapped_layer_is_what_a_model_ends_with_that_was_cut_after_it(style, remat):
+@pytest.mark.slow(11)
+def test_a_tapped_layer_equals_the_end_of_a_model_cut_after_it(style, remat):
     config = packs.random_config(style, 0)
     params, batch = packs.random_params(config), packs.random_rows(0, config, 2, T)
     last = config.text.num_layers - 1
@@ -210,7 +211,7 @@ def test_a_tapped_layer_is_what_a_model_ends_with_that_was_cut_after_it(style, r
         for one in (tapped, unrolled.layers[layer]):
             normed = layers.rms_norm(one, params["text"]["final_norm"]["scale"], config.text.norm_eps)
             np.testing.assert_allclose(normed, wanted, atol=TOLERANCE, rtol=0)
-    np.testing.assert_allclose(hidden, wanted, atol=TOLERANCE, rtol=0)  # cut after the last layer: not cut
+    np.testing.assert_allclose(hidden, wanted, atol=TOLERANCE, rtol=0)  # the whole model
     assert inside.features.shape[:2] == batch.patches.shape[:2]
     assert inside.visual.shape[:2] == batch.pooled.shape[:2]
 
@@ -236,6 +237,7 @@ def test_the_documented_lines_look_inside():
 
 
 @pytest.mark.parametrize("is_learning", [False, True])
+@pytest.mark.slow(10)
 def test_only_tapped_layers_are_kept_and_each_device_keeps_its_part(is_learning):
     config = dataclasses.replace(tiny.MODEL, text=dataclasses.replace(tiny.MODEL.text, num_layers=16))
     model, mesh, rows, length = molmo2.Molmo2(config, attention="blocked"), tiny.mesh(2, 2, 1, 2), 4, 512

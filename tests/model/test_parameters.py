@@ -1,4 +1,4 @@
-"""Path, shape and logical axes of every parameter of the presets, beside tests/golden/*.txt.
+"""Path, shape and logical axes of every parameter of the presets, as listed in tests/parameters/*.txt.
 
 After a deliberate change: `python -m tests.model.test_parameters` writes the listings anew.
 """
@@ -11,7 +11,7 @@ import pytest
 from molmo2_jax import config as config_lib
 from molmo2_jax.hf import weights
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+GOLDEN = pathlib.Path(__file__).parent.parent / "parameters"
 # Sums over the shapes of the released checkpoints, the head of the 4B not counted twice.
 COUNTS = {"molmo2_4b": 4_461_913_040, "molmo2_8b": 8_661_703_120, "molmo2_o_7b": 7_760_786_896}
 PRESETS = (*COUNTS, "nano")

@@ -1,10 +1,11 @@
-"""Attention among patches, in a kernel and divided over devices."""
+"""Attention among patches, by a kernel and sharded over devices."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from molmo2_jax import sharding
 from molmo2_jax.model import vision
@@ -13,7 +14,8 @@ from tests import tiny
 KERNEL_TOLERANCE = 1e-5  # float32, outputs and gradients of size 1
 
 
-def test_the_kernel_attends_as_plain_softmax_does_and_each_device_to_its_own_crops():
+@pytest.mark.slow(6)
+def test_the_kernel_equals_plain_softmax_with_crops_sharded_over_devices():
     q, k, v, grad = (jax.random.normal(key, (4, 9, 2, 12)) for key in jax.random.split(jax.random.key(0), 4))
     kernel = functools.partial(vision.kernel_attention, implementation="pallas_tpu_interpret")
     divided = functools.partial(sharding.on_own_part, kernel, "all_crops")

@@ -1,4 +1,4 @@
-"""Marks land where they should, keep their colours, and survive being written to files."""
+"""Marks are drawn at their places, keep their colours, and survive being written to files."""
 
 import io
 
@@ -60,7 +60,7 @@ def test_tracks_leave_a_trail_only_behind_objects_that_are_there():
     frames = np.stack([GREY] * 3)
     drawn = pictures.track(frames, [{"1": (10, 30)}, {"1": (40, 30)}, {}], labels=["0", "1", "2"])
     assert len(drawn) == 3
-    assert changed(drawn[1])[144, 120] and not changed(drawn[0])[144, 120]  # between the two places
+    assert changed(drawn[1])[144, 120] and not changed(drawn[0])[144, 120]  # between the two positions
     assert not changed(drawn[2])[100:].any()
 
 
@@ -85,7 +85,7 @@ def test_an_animation_plays_all_pictures_at_their_times(kind):
             levels.append(np.asarray(read.convert("RGB")).mean())
             times.append(read.info.get("duration"))
     np.testing.assert_allclose(levels, (0, 120, 240), atol=4)
-    if kind != "WEBP":  # Pillow does not tell the times of a WEBP frame before it is decoded
+    if kind != "WEBP":  # Pillow reports a WEBP frame's time only after decoding it
         assert times == [500, 200, 100]
 
 

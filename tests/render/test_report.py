@@ -1,4 +1,4 @@
-"""The page is complete, self-contained and well formed; trees, masks and curves show what they should."""
+"""The page is complete, self-contained and well formed; trees, masks and curves are drawn correctly."""
 
 import html.parser
 import re
@@ -9,7 +9,7 @@ import pytest
 
 from molmo2_jax import types
 from molmo2_jax.attention import tree_mask
-from molmo2_jax.inputs import packing
+from molmo2_jax.inputs import rows as rows_lib
 from molmo2_jax.render import charts
 from molmo2_jax.render import pictures
 from molmo2_jax.render import report
@@ -17,7 +17,7 @@ from molmo2_jax.render import tree
 
 
 def sequence(num_frames=2, branches=(3, 2)):
-    """Returns frames of two visual tokens with a text token before each, then branches; last token learnt."""
+    """Returns frames of two visual tokens, each after a text token, then branches; last token learnt."""
     image = np.concatenate([[-1], *[[-1, n, n] for n in range(num_frames)]])
     branch = np.concatenate([np.full(len(image), -1), *[np.full(size, n) for n, size in enumerate(branches)]])
     weights = np.concatenate([np.zeros(len(image)), *[np.eye(size)[-1] for size in branches]])
@@ -30,7 +30,7 @@ def sequence(num_frames=2, branches=(3, 2)):
 
 
 def packed():
-    return packing.join([sequence(), sequence(1, (2, 2, 2))], types.RowShape(T=28, M=4, R=8, W=1))
+    return rows_lib.join([sequence(), sequence(1, (2, 2, 2))], types.RowShape(T=28, M=4, R=8, W=1))
 
 
 def test_a_row_is_split_into_roots_branches_and_padding():
@@ -65,6 +65,8 @@ def test_curves_are_well_formed_and_leave_out_what_is_not_finite():
     ElementTree.fromstring(svg)
     assert "nan" not in svg and ">b<" not in svg and ">a<" in svg and ">c<" in svg
     assert ">a<" not in charts.curves_svg({"a": curves["a"]})  # one curve needs no legend
+    banded = charts.curves_svg({"a": [(0, 1.0), (10, 2.0)]}, {"a": [(0, -30.0, 3.0), (10, 1.5, 40.0)]})
+    assert ">40<" in banded and 'fill-opacity="0.18"' in banded  # the axes hold the whole band
     with pytest.raises(ValueError, match="finite point; got .'b'"):
         charts.curves_svg({"b": curves["b"]})
     ElementTree.fromstring(charts.curves_svg({"a": [(5, 0.0)]}))
@@ -88,7 +90,7 @@ def test_smoothing_keeps_straight_lines_and_removes_noise():
 
 
 class Reader(html.parser.HTMLParser):
-    """Collects sources and checks that tags are closed in order."""
+    """Collects image sources and checks that tags are closed in order."""
     VOID = {"meta", "img", "br", "rect", "path", "line"}
 
     def __init__(self):
