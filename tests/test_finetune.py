@@ -213,12 +213,9 @@ def assert_close(got, wanted, tolerance=MESH_TOLERANCE):
 
 
 @pytest.mark.parametrize("name, sizes, fields", [
-    pytest.param("no remat", (1, 1, 1, 1), {"remat": "none", "attention": "dense"},
-                 marks=pytest.mark.slow(12)),
+    ("no remat", (1, 1, 1, 1), {"remat": "none", "attention": "dense"}),
     ("micro-batches", (1, 1, 1, 1), {"accumulate": 2}),
-    pytest.param("two devices", (1, 2, 1, 1), {}, marks=pytest.mark.slow(12)),
-    pytest.param("four devices", (1, 2, 2, 1), {}, marks=pytest.mark.slow(12)),
-    pytest.param("context", (1, 2, 1, 2), {}, marks=pytest.mark.slow(12))])
+    ("two devices", (1, 2, 1, 1), {}), ("four devices", (1, 2, 2, 1), {}), ("context", (1, 2, 1, 2), {})])
 @pytest.mark.slow(18)
 def test_gradients_are_the_same_with_remat_meshes_and_micro_batches(name, sizes, fields):
     assert_close(stepped(sizes, **fields), stepped())

@@ -180,6 +180,7 @@ def test_frozen_tables_stay_bit_identical_and_carry_no_state(muon):
                    for path, _ in jax.tree_util.tree_leaves_with_path(state))
 
 
+@pytest.mark.slow(8)
 def test_training_changes_the_added_rows_and_no_bit_of_a_base_table_that_is_also_the_head():
     model = dataclasses.replace(tiny.MODEL, text=dataclasses.replace(tiny.MODEL.text, tied_head=True))
     module, tx = molmo2.Molmo2(model, attention="dense", remat="none"), optim.make(config(), TOTAL)

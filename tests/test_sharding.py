@@ -160,7 +160,7 @@ def on_one_device(start):
 # split across 4 devices, nor 4 crops across 8: there the axis is left out, and nothing else changes.
 MESHES = [(2, 1, 1, 1), (8, 1, 1, 1), (1, 4, 1, 1), (1, 1, 2, 1), (1, 1, 4, 1), (1, 1, 1, 8), (2, 1, 2, 1),
           (1, 2, 2, 1), (2, 1, 1, 4), (2, 2, 1, 2), (1, 2, 2, 2)]
-QUICK = ((2, 2, 1, 2), (1, 2, 2, 2))  # every axis
+QUICK = ((1, 2, 2, 2),)  # every axis along which the model is divided
 
 
 def compiled(meshes):

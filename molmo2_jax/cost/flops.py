@@ -2,9 +2,9 @@
 
 A multiplication and its addition are two operations. Only matrix products count. The backward pass costs
 twice the forward pass where parameters are trained, once where gradients only pass through, and nothing
-before the first trained parameter. Adapters' own products, about a hundredth, do not count; nor does
-recomputation, which is not part of the model's work. What a chip computes beyond that is counted by
-`executed`.
+before the first trained parameter. Adapters' own products, about a hundredth, and those of pointing by
+choosing, about 0.2 % of an 8B step, do not count; nor does recomputation, which is not part of the model's
+work. What a chip computes beyond that is counted by `executed`.
 """
 
 import math
@@ -102,7 +102,8 @@ def _products(model: config_lib.Molmo2Config, tokens: float, crops: float, windo
     P, heads, layers = v.num_patches, how.width(v.num_heads * v.head_dim), max(c.taps) + 1
     width, mlp = how.width(v.width), how.width(v.mlp_width)
     tapped, pooled = how.width(len(c.taps) * v.width), how.width(c.num_heads * c.head_dim)
-    pooling = ((1 + 2 * slots) * tapped * pooled + 2 * slots * c.num_heads * c.head_dim + pooled * pooled)
+    pooling = ((1 + 2 * slots) * tapped * pooled + 2 * slots * c.num_heads * c.head_dim
+               + pooled * pooled * c.has_output)
     decoder, connector_mlp = how.width(t.width), how.width(c.mlp_width, True)
     queries, keys = (how.width(number * t.head_dim, True) for number in (t.num_heads, t.num_kv_heads))
     return _Products(

@@ -20,12 +20,14 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow(15)
 def test_every_folder_is_drawn_and_valid(root):
     for name in ablations.FOLDERS:
         examples, errors = sources.read_folder(root / name)
         assert examples and not errors, name
 
 
+@pytest.mark.slow(15)
 def test_the_records_of_a_tree_are_the_questions_of_its_branches(root):
     trees, single = (sources.read_folder(root / name)[0] for name in ("near", "single"))
     asked = [(tree.video, one) for tree in trees for one in tree.annotations]
@@ -33,6 +35,7 @@ def test_the_records_of_a_tree_are_the_questions_of_its_branches(root):
     assert {len(one.annotations) for one in single} == {1}
 
 
+@pytest.mark.slow(15)
 def test_counting_alone_has_the_same_clips_and_numbers_without_points_in_answers(root):
     points, alone = (sources.read_folder(root / name)[0] for name in ("points_then_count", "count_alone"))
     for one, other in zip(points, alone, strict=True):
@@ -41,6 +44,7 @@ def test_counting_alone_has_the_same_clips_and_numbers_without_points_in_answers
                    and a.points == b.points for a, b in zip(one.annotations, other.annotations, strict=True))
 
 
+@pytest.mark.slow(15)
 def test_frames_of_every_clip_are_on_the_grid_of_its_masks(root):
     for name, seconds in (("near_heldout", {0.0, 0.5, 1.0, 1.5}), ("far_heldout", {0.0, 1.0, 2.0, 3.0})):
         for line in (root / name / "annotations.jsonl").read_text().splitlines():

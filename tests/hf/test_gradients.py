@@ -74,8 +74,8 @@ def their_gradients(model, config, batch):
     return float(value.detach()), flat
 
 
-@pytest.mark.parametrize("style", [
-    style if style == "qwen3" else pytest.param(style, marks=pytest.mark.slow(15)) for style in packs.STYLES])
+@pytest.mark.slow(16)
+@pytest.mark.parametrize("style", packs.STYLES)
 def test_loss_and_gradients_of_a_packed_tree_equal_autograd(style, tmp_path):
     config = packs.random_config(style, 0)
     params = packs.random_params(config)

@@ -164,6 +164,7 @@ def random_index(rng):
     return contents, [(tick - begin) * unit for tick in ticks]
 
 
+@pytest.mark.slow(8)
 def test_a_time_that_falls_on_a_frame_shows_that_frame():
     rng = np.random.default_rng(0)
     for _ in range(300):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 from absl import flags
@@ -262,7 +263,7 @@ def test_an_arm_that_a_killed_sweep_left_running_is_waited_for(start, folder, ca
         if len(paused) == 2:
             left.communicate("")
 
-    monkeypatch.setattr(sweep.time, "sleep", pause)
+    monkeypatch.setattr(sweep, "time", types.SimpleNamespace(sleep=pause))   # other threads sleep, too
     assert start(f"--gin_file={BASE}", "--axis=train.TrainConfig.seed=[0, 2]", f"--workdir={folder}",
                  "--gin=train.TrainConfig.steps = 4") == 0
     said = capsys.readouterr().out

@@ -180,6 +180,7 @@ def uninterrupted(world, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow(36)
 def test_broken_records_are_skipped_and_counted_by_reason(world, uninterrupted):
     folder = str(world[0].parent)
     counted = counters(uninterrupted)
@@ -191,6 +192,7 @@ def test_broken_records_are_skipped_and_counted_by_reason(world, uninterrupted):
     assert skipped["line"] >= 2 and skipped["media"] >= 2 and skipped["annotation"] >= 1
 
 
+@pytest.mark.slow(36)
 def test_the_log_of_a_run_begins_with_a_picture_of_its_first_row(uninterrupted):
     ((step, name, pixels),) = test_metrics.logged_pictures(uninterrupted)
     assert (step, name) == (0, "first_batch") and pixels.shape[1] > 256 and pixels.std() > 10

@@ -124,6 +124,7 @@ def test_replacing_a_row_of_zeros_equals_adding_to_it():
     assert np.abs(logits[False, "add"] - logits[False, "replace"]).max() > 1e-2
 
 
+@pytest.mark.slow(8)
 def test_only_the_patch_row_starts_at_zero_if_configured():
     config = packs.random_config("qwen3", 0)
     row = config.special_id("<im_patch>") - config.text.vocab_size
@@ -132,6 +133,7 @@ def test_only_the_patch_row_starts_at_zero_if_configured():
     np.testing.assert_array_equal(np.delete(zeroed, row, 0), np.delete(usual, row, 0))
 
 
+@pytest.mark.slow(7)
 def test_a_frozen_row_gets_no_gradient_and_the_logits_are_the_same():
     config = packs.random_config("qwen3", 0)
     params, batch = packs.random_params(config), packs.random_rows(0, config, 1, T)

@@ -171,6 +171,7 @@ def names_an_option(answer, chosen, options):
     return letter.lower() in answer.lower() or options[chosen].lower() in answer.lower()
 
 
+@pytest.mark.slow(7)
 def test_ten_thousand_malformed_answers_never_raise_and_never_invent_a_choice():
     """The parsers that always guess are exempt from the second half, see `option_match`."""
     options = ("xenon", "quartz", "zinc", "krypton")

@@ -69,6 +69,7 @@ def test_what_the_cloud_cannot_say_or_do_now_is_asked_again(cloud, size, call, f
     assert not (cloud.folder / "states").exists()  # no resource remains
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("lag", [0, 4])
 @pytest.mark.parametrize("call", ["scp", "unpack", "start", "attach"])
 def test_machines_taken_away_at_any_moment_are_asked_for_again(cloud, size, call, lag):
