@@ -88,8 +88,9 @@ def strict(arm: dict) -> bounds.Strict:
     slice_, shape = chips.find(arm["topology"]), config.data.shape(config.model)
     how = aot_step.execution(config.model, slice_, shape, report["mesh"]["tensor"])
     traffic = [links.Traffic(**one) for one in report.get("traffic", ())]
+    fill = FILL[stage_of(arm["run"])]
     return bounds.strict(config.model, report["remat"], report["vision_remat"], rows=report["rows"],
-                         shape=shape, how=how, traffic=traffic, slice_=slice_, fill=FILL[stage_of(arm["run"])])
+                         shape=shape, how=how, traffic=traffic, slice_=slice_, fill=fill)
 
 
 def row(arm: dict) -> list[str]:

@@ -81,8 +81,8 @@ def test_rows_differ_in_weight_so_that_a_mean_of_means_would_be_wrong():
 # data, fsdp, tensor, context
 @pytest.mark.slow(13)
 @pytest.mark.parametrize("accumulate, sizes", [
-    (2, (1, 1, 1, 1)), (4, (1, 1, 1, 1)), (4, (2, 1, 1, 1)), (2, (2, 2, 1, 1)), (2, (1, 2, 1, 1)), (4, (1, 2, 1, 2)),
-    (2, (1, 4, 1, 1))])
+    (2, (1, 1, 1, 1)), (4, (1, 1, 1, 1)), (4, (2, 1, 1, 1)), (2, (2, 2, 1, 1)), (2, (1, 2, 1, 1)),
+    (4, (1, 2, 1, 2)), (2, (1, 4, 1, 1))])
 def test_loss_and_gradients_of_micro_batches_equal_those_of_one_batch(accumulate, sizes):
     assert_same(stepped(accumulate, sizes), stepped(1))
 

@@ -237,6 +237,7 @@ def test_a_stream_grows_to_the_complete_answers():
     jax.tree.map(np.testing.assert_array_equal, parts[-1], jax.device_get(expected))
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("config", [QWEN, OLMO], ids=["qwen", "olmo"])
 def test_a_list_of_layers_gives_the_same_answers_as_stacked_ones(config):
     tree, model = prompt_tree(config, 14, 2, (3, 5)), molmo2.Molmo2(config)

@@ -73,7 +73,8 @@ def test_greedy_answers_on_a_mesh_are_those_on_one_device(sizes, unroll):
 
 # Inputs of some kernels are sharded, and outputs of others: parts of a channel are on several devices.
 @pytest.mark.parametrize("sizes", [
-    {"fsdp": 2, "tensor": 2}, {"tensor": 4}, {"data": 2, "tensor": 2}, {"context": 2, "tensor": 2}, {"fsdp": 8}])
+    {"fsdp": 2, "tensor": 2}, {"tensor": 4}, {"data": 2, "tensor": 2}, {"context": 2, "tensor": 2},
+    {"fsdp": 8}])
 @pytest.mark.slow(12)
 def test_answers_of_8_bits_on_a_mesh_are_those_on_one_device(sizes):
     found = on_mesh(False, "int8", **sizes)

@@ -70,9 +70,11 @@ def assert_equal(a, b):
 LORAS = {"all": LORA, "shared A": dataclasses.replace(LORA, share_a=True),
          "rsLoRA of q and v": dataclasses.replace(LORA, targets="text/layers/attn/[qv]/kernel", rslora=True),
          "decoder, connector in full": dataclasses.replace(LORA, targets="decoder", full=("connector",))}
+# One quick case of each test; the others are slow.
+NAMES = [name if name == "all" else pytest.param(name, marks=pytest.mark.slow(6)) for name in LORAS]
 
 
-@pytest.mark.parametrize("name", LORAS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_new_adapter_changes_no_bit_of_the_logits(name):
     lora = LORAS[name]
     fresh = finetune.create(lora, jax.random.key(1), state_lib.boxed_trained(MODEL, lora), base())
@@ -80,7 +82,7 @@ def test_a_new_adapter_changes_no_bit_of_the_logits(name):
     assert np.asarray(logits(joined)).tobytes() == np.asarray(logits(base())).tobytes()
 
 
-@pytest.mark.parametrize("name", LORAS)
+@pytest.mark.parametrize("name", NAMES)
 def test_merged_equals_unmerged(name):
     lora = LORAS[name]
     trained, frozen = moved(lora), finetune.frozen(lora, base(), "float32")

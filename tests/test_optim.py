@@ -206,6 +206,7 @@ def test_training_changes_the_added_rows_and_no_bit_of_a_base_table_that_is_also
         assert is_same == (path == "base_embedding"), path
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("muon", [None, optim.Muon()], ids=["adamw", "muon"])
 def test_training_leaves_a_frozen_row_of_patches_at_zero(muon):
     model = dataclasses.replace(tiny.MODEL, freeze_patch_row=True)

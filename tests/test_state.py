@@ -63,6 +63,7 @@ def test_devices_without_the_memory_for_moments_are_refused_in_a_sentence():
         state_lib.abstract(MODEL, nowhere, tiny.mesh())
 
 
+@pytest.mark.slow(15)
 def test_the_created_state_has_the_abstract_layout_and_equal_values_on_every_mesh(on_one_device):
     mesh = tiny.mesh(fsdp=2, tensor=2)
     state, abstract = state_lib.create(MODEL, ADAMW, mesh, 3), state_lib.abstract(MODEL, ADAMW, mesh)

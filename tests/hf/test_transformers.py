@@ -96,6 +96,7 @@ def test_the_comparison_detects_a_missing_visual_mask(tmp_path):
     assert np.abs(causal - peer.logits(model, [video], config)[0]).max() > 100 * TOLERANCE
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize(("attention", "merge"), [
     ("causal", "replace"), ("causal", "add"), ("image_tokens", "replace")])
 def test_logits_by_the_rule_of_vllm_are_those_of_transformers_made_causal_and_replacing(

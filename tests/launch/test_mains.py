@@ -135,6 +135,7 @@ def nan_folder(model_folder, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("how", [[], ["--json"], ["--stream"], ["--temperature=1", "--top_k=5", "--seed=2"]])
 def test_generate_says_that_logits_are_not_finite_and_which_weights(how, nan_folder, capsys):
     assert start(generate.main, f"--model={nan_folder}", "--prompt=Where?", "--max_new_tokens=3",

@@ -55,6 +55,7 @@ def check_trained(done, cloud, machines, starts=1):
     assert machines <= count(cloud, "trained") <= starts * machines and not count(cloud, "told"), done.err
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize("call, fates", [
     ("scp", ["1 scp: Connection closed"]),
     ("describe", ["-", SERVICE, "1 ERROR: (gcloud) UNAVAILABLE: no", SERVICE]),
