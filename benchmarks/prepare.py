@@ -170,6 +170,7 @@ def _kills(options) -> int:
     failed = False
     for name, make in (("shards", functools.partial(Run.of_data, data)),
                        ("records", functools.partial(Run.of_rows, rows))):
+        (options.folder / name).mkdir()
         alone = make(options.folder / name / "alone")
         alone.finish()
         differing = kill_often(make, options.folder / name, options.kills, options.seed, alone.content())
@@ -248,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "rows", "kills"))
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="an empty folder")
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="a new folder")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--records", type=int, default=60)
     parser.add_argument("--videos", type=int, default=64)
@@ -256,6 +257,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.folder.exists():
+        parser.error(f"--folder must be new; got {options.folder}")
     options.folder.mkdir(parents=True)
     sys.exit({"kills": _kills, "rows": _rows, "speed": _speed}[options.what](options))
 
