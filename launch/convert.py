@@ -9,8 +9,9 @@
   python -m launch.convert verify --hf=hf/mine --against=runs/mine
   python -m launch.convert verify --hf=hf/mine --as=vllm --logits_to=logits.npz
 
-export writes config.json, safetensors, tokenizer and processor files that transformers loads; adapters of the
-work directory are merged into their base. With --adapter it writes the adapters alone, as PEFT folders:
+export writes config.json, safetensors, tokenizer and processor files that transformers loads (of a model that
+points by choosing visual tokens: that MolmoPoint's remote code loads); adapters of the work directory are
+merged into their base. With --adapter it writes the adapters alone, as PEFT folders:
 OUTPUT/transformers for transformers and peft, OUTPUT/vllm for vLLM and the remote code, whose names differ.
 import writes a work directory that launch.generate and launch.evaluate accept and that training can start
 from; with --adapter, one of the adapters in a PEFT folder and the base --model. assemble

@@ -6,9 +6,10 @@
   python -m launch.inspect mixture --gin_file=gin_configs/runs/sft_4b.gin --allow_missing --output=sft.json
 
 batch writes the rows of the first batch, at most --rows, as one HTML page: frames with their times, message
-trees, tokens with their loss weights and positions, the attention mask, how full the rows are, which records
-they hold, and what was cut. The page needs nothing else. record does so for record --index (from 0) of a data
-folder: as the run of --gin_file reads it the first time, or else of any size, with the model that ships.
+trees, tokens with their loss weights, positions and what they choose, the attention mask, how full the rows
+are, which records they hold, and what was cut. The page needs nothing else. record does so for record --index
+(from 0) of a data folder: as the run of --gin_file reads it the first time, or else of any size, with the
+model that ships.
 
 mixture lists the data sets of the run: their records, their shares of the stream, and how often the run goes
 through each. For that it prepares --sample records of each (default 20), drawn by --seed, and packs them;

@@ -44,6 +44,7 @@ const seersOf = j => intervals(i => sees(i, j));    // queries
 const count = parts => parts.reduce((sum, [start, stop]) => sum + stop - start, 0);
 const number = value => value.toLocaleString("en");
 const spelt = token => data.texts[token];
+const spoken = n => row.choices[n] || spelt(row.tokens[n]);   // with what the token chooses
 
 function listed(parts) {
   const few = parts.slice(0, 6).map(([start, stop]) => stop - start === 1 ? `${start}` : `${start}–${stop - 1}`);
@@ -138,7 +139,7 @@ function part(start, stop, name) {
   const node = make("div", {class: "part"}, make("b", {class: "name"}, name));
   if (row.branch[start] >= 0) node.style.setProperty("--edge", branchColour(row.branch[start]));
   for (let n = start; n < stop;) {
-    let last = n + 1, text = spelt(row.tokens[n]);
+    let last = n + 1, text = spoken(n);
     const isPad = row.example[n] < 0;
     if (isPad || row.image[n] >= 0) {
       while (last < stop && (isPad || row.image[last] === row.image[n])) last++;
@@ -178,7 +179,7 @@ function choose(n, scrolls = true) {
   if (scrolls) owner[current].scrollIntoView({block: "nearest"});
   const keys = seenBy(current), queries = seersOf(current);
   id("said").textContent = [
-    `token ${number(current)}: ${JSON.stringify(spelt(row.tokens[current]))}, id ${row.tokens[current]}`,
+    `token ${number(current)}: ${JSON.stringify(spoken(current))}, id ${row.tokens[current]}`,
     `${row.example[current] < 0 ? "padding" : `example ${row.example[current]}, ` + (row.branch[current] < 0
       ? "root" : `branch ${row.branch[current]}`)}, position ${number(row.positions[current])}`
       + (row.image[current] >= 0 ? `, image ${row.image[current]}` : ""),

@@ -18,6 +18,8 @@ from PIL import Image
 
 from molmo2_jax import types
 from molmo2_jax.inputs import crops as crops_lib
+from molmo2_jax.inputs import grounded
+from molmo2_jax.inputs import sequence as sequences
 from molmo2_jax.inputs import tokenizer as tokenizers
 from molmo2_jax.render import document
 from molmo2_jax.render import pictures
@@ -47,7 +49,8 @@ def values(batch: types.Batch, row: int, group: np.ndarray, tokenizer: tokenizer
     """Returns what the page holds of a row, as plain values for JSON.
 
     `tokens` and `targets` are lists; `weights`, `end`, `group`, `image`, `example` and `branch` are [value,
-    count] of their runs, `positions` [first, count] of its ramps. `budgets` is (used, size) of each budget.
+    count] of their runs, `positions` [first, count] of its ramps. `choices` is {place: text} of the tokens
+    that choose a point. `budgets` is (used, size) of each budget.
 
     Args:
       group: int32[B, T], of the attention.tree_mask.TreeMask that the model uses.
@@ -63,10 +66,19 @@ def values(batch: types.Batch, row: int, group: np.ndarray, tokenizer: tokenizer
         "budgets": {"tokens": [int(used.sum()), len(used)],
                     "crops": [int(pooled.max(initial=-1)) // P + 1 if M else 0, M],
                     "visual tokens": [int((pooled >= 0).any(1).sum()), len(pooled)]},
-        "tokens": tokens.tolist(), "targets": targets.tolist(),
+        "tokens": tokens.tolist(), "targets": targets.tolist(), "choices": _choices(batch, row, tokenizer),
         "positions": ramps(np.asarray(batch.positions[row])),
         **{name: runs(one) for name, one in fields.items()},
         "members": list(members), "frames": _frames(batch, row, tokenizer)}
+
+
+def _choices(batch: types.Batch, row: int, tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
+    """Returns {place: text} of the tokens that choose a point; visual tokens are counted in the row."""
+    if batch.choice is None:
+        return {}
+    tokens, choice = np.asarray(batch.tokens[row]), np.asarray(batch.choice[row])
+    return {int(place): grounded.join(tokenizer.spell(tokens[place:place + 1]), [int(choice[place])])
+            for place in np.flatnonzero(choice != -1)}
 
 
 def _frames(batch: types.Batch, row: int, tokenizer: tokenizers.Tokenizer) -> list[dict[str, Any]]:
@@ -91,13 +103,13 @@ def shown(batch: types.Batch, row: int, tokenizer: tokenizers.Tokenizer
     """
     image, example = np.asarray(batch.image[row]), np.asarray(batch.example[row])
     tokens, pooled = np.asarray(batch.tokens[row]), np.asarray(batch.pooled[row])
-    is_patch = tokens == tokenizer.special["<im_patch>"]
-    pooled_row = np.cumsum(is_patch) - 1
+    is_visual = np.isin(tokens, [tokenizer.special[name] for name in sequences.VISUAL])
+    pooled_row = np.cumsum(is_visual) - 1
     P, C = batch.patches.shape[2:]
     found = []
     for number in range(int(image.max(initial=-1)) + 1):
         place = np.flatnonzero(image == number)
-        windows = pooled[pooled_row[place[is_patch[place]]]]
+        windows = pooled[pooled_row[place[is_visual[place]]]]
         crops = np.unique(windows[windows >= 0] // P)
         pixels = crops_lib.unpatchify(np.asarray(batch.patches[row])[crops], math.isqrt(C // 3))
         found.append((_label(tokens, image, example, int(place[0]), tokenizer), place, pixels))

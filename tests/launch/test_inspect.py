@@ -7,6 +7,7 @@ import re
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from PIL import Image
 
 from data_pipelines import tasks
 from launch import inspect
@@ -60,6 +61,23 @@ def test_the_page_of_a_record_is_of_that_record_with_or_without_a_run(tmp_path, 
     assert "and --index; got" in capsys.readouterr().err
     assert start("batch", *flags_of(folder)) == cli.USER_ERROR
     assert "--output must name" in capsys.readouterr().err
+
+
+def test_pages_of_a_model_with_a_pointer_say_what_its_tokens_choose(tmp_path):
+    folder, output = tmp_path / "a", tmp_path / "page.html"
+    folder.mkdir()
+    Image.new("RGB", (72, 72)).save(folder / "a.png")
+    points = {"type": "points", "label": "dot", "scale": 100,
+              "points": [{"x": 1, "y": 1}, {"x": 99, "y": 99}]}
+    line = json.dumps({"images": ["a.png"], "annotations": [points]})
+    (folder / "annotations.jsonl").write_text(f"{line}\n" * 9)
+    settings = ["--gin_file=gin_configs/ablations/points_as_tokens.gin", *flags_of(str(folder))[1:]]
+    for word, more in (("record", [f"--data={folder}", "--index=0"]), ("batch", ["--rows=1"])):
+        assert start(word, *settings, *more, f"--output={output}") == 0
+        ((row,),) = [test_rows.Data(output.read_text()).json["rows"]]
+        choices = [*row["choices"].values()]   # the dots are in opposite corners
+        assert choices[2::3][:2] == ["<|vit_loc:0|>", "<|vit_loc:8|>"]
+        assert choices[6] == "<|token_index:end|>"
 
 
 def test_a_record_is_used_as_the_mixture_says(tmp_path):

@@ -232,6 +232,27 @@ finetune.LoraConfig.dropout = 0.1
     assert losses(workdir) == losses(whole) and len(losses(whole)) == STEPS
 
 
+@pytest.mark.slow(90)
+def test_a_run_that_points_by_choosing_tokens_and_is_killed_repeats_every_loss(world, tmp_path):
+    gin = tmp_path / "pointer.gin"
+    gin.write_text(f"""
+from __gin__ import dynamic_registration
+from molmo2_jax import config
+from molmo2_jax import optim
+
+include '{world[0]}'
+config.Molmo2Config.pointer = @config.PointerConfig()
+config.PointerConfig.width = 16
+optim.OptimConfig.pointer = @optim.Tower()
+""")
+    pointing, whole, workdir = (gin, world[1]), tmp_path / "whole", tmp_path / "killed"
+    finish(command(pointing, whole), whole)
+    kill_in_the_middle(command(pointing, workdir), workdir)
+    finish(command(pointing, workdir), workdir)
+    assert losses(workdir) == losses(whole) and "patch_loss" in losses(whole)[STEPS]
+    assert counters(workdir) == counters(whole)
+
+
 @pytest.mark.slow(60)
 def test_a_run_killed_at_any_moment_and_started_again_repeats_every_loss(world, uninterrupted, tmp_path):
     workdir = tmp_path / "killed"

@@ -1,5 +1,6 @@
 """The page of packed rows holds the arrays themselves, runs no foreign markup, and stays small."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from launch.support import examined
+from molmo2_jax import config
 from molmo2_jax import types
 from molmo2_jax.attention import tree_mask
 from molmo2_jax.inputs import crops as crops_lib
@@ -35,9 +37,9 @@ def video(num_frames, *branches, seed=0):
     return sequences.build(crops, branches, MODEL.tokenizer)
 
 
-def images(count, *branches):
+def images(count, *branches, model=MODEL.model):
     pixels = [np.full((72, 72 + 40 * n, 3), 70 * n, np.uint8) for n in range(count)]
-    crops = crops_lib.crops_of_images(pixels, MODEL.model, MODEL.inputs, MODEL.tokenizer)
+    crops = crops_lib.crops_of_images(pixels, model, MODEL.inputs, MODEL.tokenizer)
     return sequences.build(crops, branches, MODEL.tokenizer)
 
 
@@ -114,6 +116,32 @@ def test_frames_have_their_times_and_images_their_numbers_and_crops(batch):
     (first, _, _), (second, _, crops) = rows.shown(batch, 1, MODEL.tokenizer)
     assert (first, second) == ("Image 1", "Image 2") and len(crops) > 1
     assert rows.picture(batch, 0, batch.group, MODEL.tokenizer).ndim == 3
+
+
+def pointing():
+    """Returns a row of a model that points by choosing visual tokens: two examples of images."""
+    model = dataclasses.replace(MODEL.model, pointer=config.PointerConfig(width=16))
+    point = "<|token_index:{}|><|vit_index:1|><|vit_loc:4|>1"
+    answers = [f'<points coords="{point.format(row)}<|token_index:end|>">x</point>' for row in (30, 31)]
+    held = [images(2, branch("Where?", one), model=model) for one in answers]
+    return rows_lib.join(held, types.RowShape(T=700, M=40, R=500, W=9), has_choices=True), len(held[0].pooled)
+
+
+def test_a_model_with_a_pointer_shows_the_crops_of_each_image_and_what_tokens_choose():
+    batch, first_visual = pointing()
+    plain = rows_lib.join([images(2, branch("Where?", "There.")) for _ in range(2)],
+                          types.RowShape(T=700, M=40, R=500, W=9))
+    found, wanted = (rows.shown(one, 0, MODEL.tokenizer) for one in (batch, plain))
+    assert len(found) == len(wanted) == 4
+    for (_, _, crops), (_, _, others) in zip(found, wanted):   # overviews, written with <im_low>, count too
+        np.testing.assert_array_equal(crops, others)
+    row = Data(page_of(batch, members=[[]])).json["rows"][0]
+    assert [*row["choices"].values()] == [
+        text for number in (30, first_visual + 31) for text in (
+            f"<|token_index:{number}|>", "<|vit_index:1|>", "<|vit_loc:4|>", "<|token_index:end|>")]
+    assert all(MODEL.tokenizer.spell([row["tokens"][int(place)]])[:-2] in text
+               for place, text in row["choices"].items())
+    assert Data(page_of(plain, members=[[]])).json["rows"][0]["choices"] == {}
 
 
 def test_texts_are_escaped(batch):

@@ -5,10 +5,14 @@ import functools
 import threading
 import time
 
+import jax
 import pytest
 
 from molmo2_jax import config as config_lib
+from molmo2_jax import decode
 from molmo2_jax import generate
+from molmo2_jax import sharding
+from molmo2_jax import state
 from molmo2_jax.serving import engine as engine_lib
 from molmo2_jax.serving import tickets as tickets_lib
 from tests import test_generate
@@ -20,20 +24,32 @@ QUESTIONS = ("What?", "Point to the red circle.", "How many " + "blue " * 30 + "
 
 
 @functools.lru_cache
-def answerer():
-    """Returns a model of random weights that points often."""
+def params_of():
+    """Returns random weights that point often."""
     params = test_pointer.params_of(CONFIG)
     token = CONFIG.special_id("<|token_index|>") - CONFIG.text.vocab_size
     params["new_head"][:, token] *= 3
     params["pointer"]["no_more"] *= 0.1
-    return generate.Answerer(params, CONFIG, test_generate.INPUTS, test_generate.tokenizer(),
-                             max_new_tokens=NEW)
+    return params
+
+
+def new_answerer(**options):
+    return generate.Answerer(params_of(), CONFIG, test_generate.INPUTS, test_generate.tokenizer(),
+                             max_new_tokens=NEW, **options)
+
+
+answerer = functools.lru_cache(new_answerer)
+
+
+def new_engine(answerer):
+    made = engine_lib.Engine(answerer, num_rows=3, every=4, crops=(6,), queue=20)
+    assert len([*made.compile()]) == made.num_programs
+    return made
 
 
 @pytest.fixture(scope="module")
 def engine():
-    made = engine_lib.Engine(answerer(), num_rows=3, every=4, crops=(6,), queue=20)
-    assert len([*made.compile()]) == made.num_programs
+    made = new_engine(answerer())
     yield made
     made.close()
 
@@ -65,8 +81,8 @@ def request(one, *turns, **fields):
     return tickets_lib.Request(turns=turns, crops=one[0], media=one[1], **fields)
 
 
-def test_answers_and_points_are_those_they_would_be_alone(engine, seen):
-    """Twelve requests for three rows: text, pictures and a video, most of which point."""
+def check_twelve_requests_for_three_rows(engine, seen):
+    """Asks about text, pictures and a video at nearly the same time; most answers point."""
     pairs = [(one, question) for question in QUESTIONS for one in seen]
     keys, found = [None, "picture", "pictures", "video"] * len(QUESTIONS), {}
 
@@ -85,6 +101,33 @@ def test_answers_and_points_are_those_they_would_be_alone(engine, seen):
         same(found[number], expected(one, question))
     pointed = [found[number].text.count("<|token_index:") for number in range(len(pairs))]
     assert sum(pointed) > 12 and not any(pointed[::4])   # text alone has nothing to point at
+
+
+def test_answers_and_points_are_those_they_would_be_alone(engine, seen):
+    check_twelve_requests_for_three_rows(engine, seen)
+
+
+@pytest.mark.parametrize("sizes, unroll", [
+    pytest.param(sizes, unroll, marks=pytest.mark.slow(20)) for sizes, unroll in (
+        ({"data": 2}, True), ({"tensor": 2}, False), ({"data": 2, "tensor": 2}, True),
+        ({"fsdp": 2, "context": 2}, False))])
+def test_answers_and_points_on_a_mesh_are_those_on_one_device(sizes, unroll, seen):
+    mesh = sharding.mesh_of_first(sharding.MeshConfig(**{"fsdp": 1} | sizes))
+    spread = new_answerer(mesh=mesh)
+    if not unroll:   # as on accelerators
+        layouts = jax.tree.map(lambda leaf: leaf.sharding, state.abstract_params(spread.model, mesh))
+        spread.params = decode.ready(params_of(), "float32", False, layouts)
+    engine = new_engine(spread)
+    said = engine.answer(request(seen[3], QUESTIONS[1])).text
+    turns = (QUESTIONS[1], said, QUESTIONS[0])
+    found = engine.answer(request(seen[3], *turns))
+    check_twelve_requests_for_three_rows(engine, seen)
+    engine.close()
+    assert "<|vit_loc:" in said
+    same(found, expected(seen[3], *turns))
+    asked = [spread.ask(*seen[place], [generate.Question(turns=(QUESTIONS[1],))]) for place in (1, 3)]
+    for place, [answer] in zip((1, 3), spread.run(asked, test_generate.SHAPE, rows=2)):
+        same(answer, expected(seen[place], QUESTIONS[1]))
 
 
 def test_the_pieces_of_a_stream_are_the_text(engine, seen):
