@@ -14,6 +14,8 @@ import sys
 import pytest
 import setuptools
 
+from tests import source as source_lib
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("molmo2_jax", "data_pipelines", "launch")
 
@@ -101,7 +103,7 @@ def is_in(name, package):
 def imports(module, source, known):
     """Returns every dotted name that the source imports, anywhere in it, also by importlib."""
     names = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(source_lib.tree(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -135,7 +137,7 @@ def violations(module, source, known=()):
               or any(is_in(name, package) for package in refused)):
             found.append(f"{module} imports {name}, which the row {row} does not allow")
     if is_pure:
-        found += [f"{module} opens a file" for node in ast.walk(ast.parse(source))
+        found += [f"{module} opens a file" for node in ast.walk(source_lib.tree(source))
                   if isinstance(node, ast.Call) and ast.unparse(node.func) == "open"]
     return found
 

@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from tests import source as source_lib
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("molmo2_jax", "data_pipelines", "launch")
 SUFFIX = re.compile(r"[a-z0-9]_([A-Z][A-Za-z0-9]*)$")
@@ -13,7 +15,7 @@ SUFFIX = re.compile(r"[a-z0-9]_([A-Z][A-Za-z0-9]*)$")
 
 def unexplained(source):
     """Returns {letter: a name that carries it} of the letters that the docstring of a module leaves out."""
-    tree = ast.parse(source)
+    tree = source_lib.tree(source)
     words = set(re.findall(r"\b[A-Za-z]\b", ast.get_docstring(tree) or ""))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}

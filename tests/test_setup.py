@@ -11,6 +11,7 @@ import pytest
 import setuptools
 
 import molmo2_jax
+from tests import source as source_lib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("molmo2_jax", "data_pipelines", "launch")
@@ -59,7 +60,7 @@ def imported(*folders):
     """Returns the top-level names that the modules of these folders import, anywhere in them."""
     found = set()
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(source_lib.tree(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -107,5 +108,5 @@ def test_the_command_of_the_entry_point_exists(metadata):
     (script,) = metadata["entry_points"]["console_scripts"]
     name, module, function = re.fullmatch(r"(\w+) = ([\w.]+):(\w+)", script).groups()
     assert name == "molmo2"
-    tree = ast.parse(pathlib.Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
+    tree = source_lib.tree(pathlib.Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8"))
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -12,6 +12,7 @@ from launch.support import cli
 from launch.support import record
 from molmo2_jax import config
 from molmo2_jax import files
+from tests import source as source_lib
 from tests.launch import commands
 
 flags_as_before = commands.flags_as_before
@@ -131,7 +132,7 @@ MAINS = [path for path in sorted((run.ROOT / "launch").glob("*.py"))
 
 @pytest.mark.parametrize("path", MAINS, ids=lambda path: path.stem)
 def test_every_main_shows_how_it_is_called_and_starts_only_as_a_command(path):
-    tree = ast.parse(path.read_text())
+    tree = source_lib.tree(path.read_text())
     assert f"python -m launch.{path.stem}" in ast.get_docstring(tree)
     text = tree.body[0]
     assert text.value.value.count("\n") == text.end_lineno - text.lineno, "a backslash eats the end of a line"
@@ -140,7 +141,7 @@ def test_every_main_shows_how_it_is_called_and_starts_only_as_a_command(path):
 
 def test_help_of_flags_that_repeat_leaves_it_to_absl_to_say_so():
     texts = [ast.unparse(node.args[-1]) for path in (run.ROOT / "launch").glob("*.py")
-             for node in ast.walk(ast.parse(path.read_text()))
+             for node in ast.walk(source_lib.tree(path.read_text()))
              if isinstance(node, ast.Call) and "DEFINE_multi_" in ast.unparse(node.func)]
     assert len(texts) > 5
     assert not [text for text in texts if text[-2] == "." or "repeated" in text]
