@@ -243,7 +243,8 @@ from molmo2_jax import optim
 include '{world[0]}'
 config.Molmo2Config.pointer = @config.PointerConfig()
 config.PointerConfig.width = 16
-optim.OptimConfig.pointer = @optim.Tower()
+optim.OptimConfig.pointer = @pointer/optim.Tower()
+pointer/optim.Tower.lr = 1e-3
 """)
     pointing, whole, workdir = (gin, world[1]), tmp_path / "whole", tmp_path / "killed"
     finish(command(pointing, whole), whole)
