@@ -80,14 +80,11 @@ def config_of(name: str) -> run.RunConfig:
 
 
 def strict(arm: dict) -> bounds.Strict:
-    """Returns the strict bound of a compiled arm, for rows that are filled as those of its stage.
-
-    It covers computation alone if the arm's links were not recorded.
-    """
+    """Returns the strict bound of a compiled arm, for rows that are filled as those of its stage."""
     config, report = config_of(arm["run"]), arm["report"]
     slice_, shape = chips.find(arm["topology"]), config.data.shape(config.model)
     how = aot_step.execution(config.model, slice_, shape, report["mesh"]["tensor"])
-    traffic = [links.Traffic(**one) for one in report.get("traffic", ())]
+    traffic = [links.Traffic(**one) for one in report["traffic"]]
     fill = FILL[stage_of(arm["run"])]
     return bounds.strict(config.model, report["remat"], report["vision_remat"], rows=report["rows"],
                          shape=shape, how=how, traffic=traffic, slice_=slice_, fill=fill)
@@ -150,9 +147,6 @@ Two bounds on the time of a step:
     4x4x4, on v5e and v6e 16 chips. Chips of a group that are not neighbours share their links with other
     groups. The time is that of the busiest link;
   - the width of gradients: they are summed in float32, as compiled; in brackets, in bfloat16.
-
-  Rows without a busiest link were compiled before links were recorded, and before the gradient of the head
-  was scattered (4.4 GiB of all-reduce less for 8B): their strict bound covers computation alone.
 
 Both leave out memory traffic, input, everything that is not a product, and the time to start a program or a
 message. Both assume that collectives overlap with products; `if nothing overlaps` is the sum of the times.
