@@ -397,8 +397,7 @@ class Answerer:
         groups = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows = sharding.rows_of_share(self.mesh, rows) if is_shared else -(-rows // groups) * groups
         trees = [[prompt.tree] for prompt in prompts] + [[]] * (rows - len(prompts))
-        batch = rows_lib.stack([rows_lib.join(tree, shape.row, self.config.vision.patch_shape,
-                                              self.config.pointer is not None) for tree in trees])
+        batch = rows_lib.stack([rows_lib.join_for(self.config, tree, shape.row) for tree in trees])
         counts = [len(prompt.questions) for prompt in prompts]
         draws = np.cumsum([0, *counts[:-1]]) if draws is None else draws
         last, limit, draw = (np.full((rows, shape.Q), fill, np.int32) for fill in (-1, 0, 0))

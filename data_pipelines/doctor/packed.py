@@ -120,8 +120,7 @@ def of_record(example: types.Example, settings: examination.Settings, member: ta
     shape = limit or types.RowShape(T=len(kept.tokens), M=len(kept.patches), R=len(kept.pooled),
                                     W=max(kept.pooled.shape[1], 1))
     try:
-        batch = rows_lib.join([kept], shape, settings.model.vision.patch_shape,
-                              settings.model.pointer is not None)
+        batch = rows_lib.join_for(settings.model, [kept], shape)
     except ValueError as error:
         raise preparation.Refused(ledger.SIZE, error) from error
     found = Member(key=example.key, source=example.source, annotations=len(example.annotations),

@@ -189,8 +189,7 @@ class _Run:
         setting = self._setting
         if setting.watch:
             setting.watch(notes)
-        model = setting.preparer.model
-        return rows_lib.join(members, setting.shape, model.vision.patch_shape, model.pointer is not None)
+        return rows_lib.join_for(setting.preparer.model, members, setting.shape)
 
     def position(self) -> dict[str, Any]:
         waiting = [note.number for note in self._packer.pending]

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Listing
 
 import numpy as np
 
+from molmo2_jax import config as config_lib
 from molmo2_jax import types
 
 
@@ -41,6 +42,12 @@ def join(sequences: Listing[types.Sequence], shape: types.RowShape,
     batch = types.Batch(**{name: None if value is None else value[None] for name, value in row.items()})
     check_invariants(batch)
     return batch
+
+
+def join_for(model: config_lib.Molmo2Config, sequences: Listing[types.Sequence], shape: types.RowShape
+             ) -> types.Batch:
+    """Returns `join` of sequences as a model reads them: its patch shape, and choices if it has a pointer."""
+    return join(sequences, shape, model.vision.patch_shape, model.pointer is not None)
 
 
 def _empty_row(shape: types.RowShape, patch_shape: tuple[int, int], has_choices: bool = False

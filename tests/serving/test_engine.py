@@ -225,9 +225,9 @@ def test_closing_answers_those_who_wait(seen):
         engine.submit(request(seen[0], "What?"), print)
 
 
+@pytest.mark.slow(40)
 @pytest.mark.parametrize("sizes, unroll", [
-    pytest.param(sizes, unroll, marks=pytest.mark.slow(40)) for sizes, unroll in (
-        ({}, False), ({"data": 2, "tensor": 2}, True), ({"fsdp": 2, "tensor": 2, "context": 2}, False))])
+    ({}, False), ({"data": 2, "tensor": 2}, True), ({"fsdp": 2, "tensor": 2, "context": 2}, False)])
 def test_answers_on_a_mesh_are_those_on_one_device(sizes, unroll, seen):
     one = test_generate.answerer()
     mesh = sharding.mesh_of_first(sharding.MeshConfig(**{"fsdp": 1} | sizes))

@@ -107,10 +107,10 @@ def test_answers_and_points_are_those_they_would_be_alone(engine, seen):
     check_twelve_requests_for_three_rows(engine, seen)
 
 
+@pytest.mark.slow(20)
 @pytest.mark.parametrize("sizes, unroll", [
-    pytest.param(sizes, unroll, marks=pytest.mark.slow(20)) for sizes, unroll in (
-        ({"data": 2}, True), ({"tensor": 2}, False), ({"data": 2, "tensor": 2}, True),
-        ({"fsdp": 2, "context": 2}, False))])
+    ({"data": 2}, True), ({"tensor": 2}, False), ({"data": 2, "tensor": 2}, True),
+    ({"fsdp": 2, "context": 2}, False)])
 def test_answers_and_points_on_a_mesh_are_those_on_one_device(sizes, unroll, seen):
     mesh = sharding.mesh_of_first(sharding.MeshConfig(**{"fsdp": 1} | sizes))
     spread = new_answerer(mesh=mesh)
